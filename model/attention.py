@@ -1,0 +1,91 @@
+"""Causal self-attention with rotary positions, QK-norm, grouped queries and optional value embeddings.
+
+    q, k = rms(rotate(Wq x)), rms(rotate(Wk m));  v = Wv m (+ 2 sigmoid(Wg x[:, :32]) * value_embedding)
+    out = Wo softmax(q k^T / sqrt(head_dim) + mask) v,   m = x, or the proposal under cross-attention injection
+
+The product goes through torch's scaled_dot_product_attention, which chooses the fused kernel of the device. Attention kept
+inside documents passes a boolean mask; otherwise the kernel's own causal flag is used.
+
+Shapes: x [b, s, w]; mask [b, 1, s, s], true where attention is allowed. Source: arXiv 2605.12466's code; nanochat for values.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import BackboneConfig
+from model.layers import Layers
+from model.rotary import rotary_tables, rotate
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares: rotary tables [s, head_dim / 2] and the mask, None when plainly causal."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+
+    def rows(self, index: Tensor) -> Context:
+        """The context of some sequences of the batch."""
+        return self if self.mask is None else self._replace(mask=self.mask[index])
+
+
+def make_context(config: BackboneConfig, tokens: Tensor, documents: Tensor | None) -> Context:
+    """Context of tokens [b, s]; documents [b, s] numbers each token's document and keeps attention inside it."""
+    length = tokens.shape[1]
+    cos, sin = rotary_tables(length, config.head_dim, config.rope_base, tokens.device)
+    if documents is None:
+        return Context(cos, sin, None)
+    same = documents[:, :, None] == documents[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+    return Context(cos, sin, (same & causal)[:, None])
+
+
+class ValueGate(nn.Module):
+    """2 sigmoid(W x[..., :channels]) per key-value head: how much of a value embedding enters; 1 at initialisation."""
+
+    def __init__(self, channels: int, heads: int, layers: Layers) -> None:
+        super().__init__()
+        self.channels = channels
+        self.projection = layers.column(channels, heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(self.projection(x[..., : self.channels]))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: BackboneConfig, layers: Layers, value_embedding: bool = False) -> None:
+        super().__init__()
+        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
+        self.heads = layers.local_heads(config.heads)
+        self.kv_heads = layers.local_heads(config.key_value_heads)
+        self.query = layers.column(config.width, config.heads * config.head_dim)
+        self.key = layers.column(config.width, config.key_value_heads * config.head_dim)
+        self.value = layers.column(config.width, config.key_value_heads * config.head_dim)
+        self.out = layers.row(config.heads * config.head_dim, config.width)
+        self.value_gate = ValueGate(config.value_gate_channels, config.key_value_heads, layers) if value_embedding else None
+
+    def forward(self, x: Tensor, context: Context, memory: Tensor | None = None, value_embedding: Tensor | None = None) -> Tensor:
+        """x, memory [b, s, w] -> [b, s, w]; keys and values come from memory (x itself unless given)."""
+        memory = x if memory is None else memory
+        batch, length, _ = x.shape
+        q = rotate(self.query(x).view(batch, length, self.heads, self.head_dim), context.cos, context.sin)
+        k = rotate(self.key(memory).view(batch, length, self.kv_heads, self.head_dim), context.cos, context.sin)
+        v = self.value(memory).view(batch, length, self.kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+        if self.value_gate is not None and value_embedding is not None:
+            v = v + self.value_gate(x)[..., None] * value_embedding.view_as(v)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=context.mask,
+            is_causal=context.mask is None,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim))

@@ -1,0 +1,190 @@
+"""What a model is, as data: four frozen records that name every choice, and nothing of torch.
+
+Each record is one section of a recipe: `model` (the backbone), `attractor` (the map f), `solver` (how y* = f(y*, y0) is
+found), `gradient` (how dL/dtheta is taken at y*). They refuse impossible values when they are made, with a ValueError
+that names the field, the value and the remedy. Defaults are the published ones (arXiv 2605.12466 and its code) unless
+docs/design.md says why not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["attractor", "transformer"]
+Injection = Literal["additive", "concat", "init_only", "cross_attention"]
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Section `model`: the causal pre-norm Transformer that proposes y0, and the tied embedding around it."""
+
+    kind: Kind = "attractor"
+    """attractor: embedding, backbone, solve, tied unembedding. transformer: the same with nothing solved."""
+    vocabulary_size: int | None = None
+    """Rows of the embedding; None takes it from the prepared data (rounded up to a multiple of 64)."""
+    width: int = 768
+    """Channels of the residual stream."""
+    heads: int = 6
+    """Query heads; width must divide by it, and width / heads must be even (rotary pairs)."""
+    kv_heads: int | None = None
+    """Key and value heads (grouped-query attention); None means as many as `heads`."""
+    backbone_layers: int = 6
+    """Transformer blocks before the attractor."""
+    mlp: Literal["relu2", "swiglu"] = "relu2"
+    """relu2: W2 relu(W1 x)^2. swiglu: W2 (silu(Wg x) * W1 x)."""
+    mlp_width: int | None = None
+    """Hidden channels of the MLP; None means 4 * width."""
+    qk_norm: bool = True
+    """Parameter-free RMS norm of queries and keys, after the rotary embedding."""
+    rope_base: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm with a gain."""
+    value_embeddings: bool = False
+    """nanochat's gated value embeddings on every other block, the last included: one vocabulary x kv-width table each."""
+    value_gate_channels: int = 32
+    """Leading channels of x that feed the gate of a value embedding."""
+    tied_embeddings: bool = True
+    """The unembedding is the embedding's matrix; False gives it a matrix of its own."""
+    zero_output_init: bool = True
+    """Backbone output projections start at zero (published); False uses the common std / sqrt(2 * layers)."""
+
+    def __post_init__(self) -> None:
+        _require(self.width > 0 and self.heads > 0, f"model.width and model.heads must be positive, not {self.width}, {self.heads}.")
+        _require(
+            self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0,
+            f"model.width={self.width} must be an even multiple of model.heads={self.heads}: choose heads so that width / heads is even.",
+        )
+        _require(
+            self.heads % self.key_value_heads == 0,
+            f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}.",
+        )
+        _require(self.backbone_layers >= 1, f"model.backbone_layers must be at least 1, not {self.backbone_layers}.")
+        _require(
+            self.vocabulary_size is None or self.vocabulary_size > 1,
+            f"model.vocabulary_size must be above 1 or left out, not {self.vocabulary_size}.",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels of the MLP."""
+        return 4 * self.width if self.mlp_width is None else self.mlp_width
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every other block, the last included."""
+        return self.value_embeddings and layer % 2 == (self.backbone_layers - 1) % 2
+
+
+@dataclass(frozen=True)
+class AttractorConfig:
+    """Section `attractor`: the weight-tied map f(y, y0)."""
+
+    layers: int = 1
+    """Blocks in the map."""
+    injection: Injection = "additive"
+    """additive: f = y0 + D(y + y0). concat: f = y0 + D(W [y; y0]). init_only: f = y + D(y), y0 only as the start.
+    cross_attention: f = y0 + D(y), with keys and values of its attention read from y0."""
+    gate_initial: float = 0.75
+    """Per-channel gate gamma = gate_maximum * sigmoid(raw) on each sub-layer, at initialisation."""
+    gate_maximum: float = 0.75
+    """Upper end of the gate. gate_initial == gate_maximum starts (as published) at a nearly saturated sigmoid."""
+
+    def __post_init__(self) -> None:
+        _require(self.layers >= 1, f"attractor.layers must be at least 1, not {self.layers}.")
+        _require(
+            0 < self.gate_initial <= self.gate_maximum,
+            f"attractor.gate_initial={self.gate_initial} must lie above 0 and not above attractor.gate_maximum={self.gate_maximum}.",
+        )
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """Section `solver`: how the fixed point is found. An iteration is one evaluation of f."""
+
+    method: Literal["picard", "anderson"] = "anderson"
+    mixing: Literal["token", "sequence"] = "token"
+    """Anderson coefficients per token (causal) or per sequence (the published code's; leaks later tokens into earlier ones)."""
+    history: int = 2
+    """Stored differences of Anderson mixing. The published window of 5 states is history 4."""
+    damping: float = 1.0
+    """Share beta of f in the mixed step: y <- beta * mix(f) + (1 - beta) * mix(y)."""
+    ridge: float = 1e-8
+    """Relative ridge added to the Gram matrix of residual differences."""
+    tolerance: float = 3e-4
+    """A sequence has converged when ||f(y) - y|| / ||y|| falls below it."""
+    max_iterations: int = 64
+    min_iterations: int = 1
+    """Evaluations before the first convergence test."""
+    stop: Literal["norm", "max_token"] = "norm"
+    """Residual that decides: of the whole sequence, or its worst token's."""
+    compaction: bool = True
+    """Converged sequences leave the batch and stop costing compute."""
+    expected_iterations: float = 6.0
+    """Evaluations a solve to plan with, before any were measured."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.tolerance > 0,
+            f"solver.tolerance must be above 0, not {self.tolerance}; for a fixed count set min_iterations=max_iterations.",
+        )
+        _require(
+            1 <= self.min_iterations <= self.max_iterations,
+            f"solver.min_iterations={self.min_iterations} must be at least 1 and at most solver.max_iterations={self.max_iterations}.",
+        )
+        _require(self.history >= 1, f"solver.history must be at least 1, not {self.history}; method=picard uses none.")
+        _require(0 < self.damping <= 1, f"solver.damping must lie in (0, 1], not {self.damping}.")
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the number of evaluations is known beforehand, so that nothing need be read back from the device."""
+        return self.min_iterations == self.max_iterations
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """Section `gradient`: what stands for u = (I - J^T)^-1 v in dL/dtheta = u^T df/dtheta."""
+
+    mode: Literal["one_step", "neumann", "phantom", "adjoint"] = "one_step"
+    """one_step: u = v. neumann: u = sum_{i<=steps} (J^T)^i v. phantom: `steps` damped differentiable steps. adjoint: solved."""
+    steps: int = 1
+    """k of neumann-k and phantom-k."""
+    damping: float = 1.0
+    """lambda of phantom: y <- lambda f(y) + (1 - lambda) y."""
+    tolerance: float | None = None
+    """Of the adjoint solve; None takes solver.tolerance."""
+    max_iterations: int | None = None
+    """Of the adjoint solve; None takes solver.max_iterations."""
+    clip: float | None = None
+    """neumann and adjoint: bound on ||J^T u|| / ||v|| per sequence; None leaves it unbounded."""
+    convergence_penalty: float = 0.0
+    """Weight of mean ||f(y*) - y*||^2 / ||y*||^2, which rewards fast convergence."""
+    jacobian_penalty: float = 0.0
+    """Weight of ||J^T e||^2 / n, e ~ N(0, I): Hutchinson's estimate of ||J||_F^2 / n (Bai et al. 2021)."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"gradient.steps must be at least 1, not {self.steps}.")
+        _require(0 < self.damping <= 1, f"gradient.damping must lie in (0, 1], not {self.damping}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The four sections together: all that `model.build` needs."""
+
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    attractor: AttractorConfig = field(default_factory=AttractorConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)

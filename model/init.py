@@ -1,0 +1,60 @@
+"""Every initial standard deviation, in one table.
+
+    matrices, embeddings       truncated normal (3 sigma), std = sqrt(2 / (5 width))       published ('scaled-zero')
+    backbone output matrices   0 (published), or std / sqrt(2 layers)
+    attractor output matrices  std: were they zero, f would be the constant y0 and its gates would get no gradient
+    norm gains 1, channel gates at their configured start, value gates 0 (so that their factor is 1)
+
+A parameter's numbers come from a generator of its own, seeded by (seed, name), so they depend neither on the order of
+construction nor on how a layout cuts the model. The published code then orthogonalises; we do not (docs/design.md).
+"""
+
+from __future__ import annotations
+
+import math
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Attention, ValueGate
+from model.config import BackboneConfig
+from model.language_model import LanguageModel
+from model.layers import MLP
+
+
+def standard_deviation(config: BackboneConfig) -> float:
+    return math.sqrt(2 / (5 * config.width))
+
+
+@torch.no_grad()
+def initialise(model: LanguageModel, seed: int) -> None:
+    """Give every matrix of the model its first value, in place; vectors already have theirs."""
+    config = model.config.model
+    common = standard_deviation(config)
+    stds = {id(parameter): common for parameter in model.parameters() if parameter.ndim >= 2}
+    output = 0.0 if config.zero_output_init else common / math.sqrt(2 * config.backbone_layers)
+    for module in model.backbone.modules():
+        for matrix in _outputs(module):
+            stds[id(matrix)] = output
+        if isinstance(module, ValueGate):
+            stds.update((id(parameter), 0.0) for parameter in module.parameters())
+    for name, parameter in model.named_parameters():
+        if id(parameter) in stds:
+            _truncated_normal(parameter, stds[id(parameter)], (seed << 32) + crc32(name.encode()))
+
+
+def _outputs(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, Attention):
+        return list(module.out.parameters())
+    return list(module.down.parameters()) if isinstance(module, MLP) else []
+
+
+def _truncated_normal(parameter: Tensor, std: float, seed: int) -> None:
+    if std == 0:
+        parameter.zero_()
+        return
+    generator = torch.Generator().manual_seed(seed % (1 << 63))
+    values = torch.empty(parameter.shape, dtype=torch.float32)
+    nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
+    parameter.copy_(values)

@@ -1,0 +1,133 @@
+"""Embedding -> backbone -> solve -> tied unembedding; with nothing to solve, the Transformer.
+
+    y0 = backbone(E(x));   y* = f(y*, y0);   logits = norm(y*) E^T;   loss = next-token cross-entropy at y*
+
+Shapes: tokens, targets, documents [b, s] int64; targets hold model.loss.IGNORE where nothing is to be predicted.
+Source: arXiv 2605.12466 and its public code; nanochat for value embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Context, make_context
+from model.backbone import Backbone
+from model.config import ModelConfig
+from model.fixed_point import Solution
+from model.layers import Layers, PlainLayers, RMSNorm
+from model.loss import IGNORE
+from model.refine import Depth, Refine
+
+Record = dict[str, Tensor]
+
+
+class LanguageModel(nn.Module):
+    """`refine` is None for a Transformer; `head` is None where the unembedding is tied."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, recompute: bool = False) -> None:
+        super().__init__()
+        backbone = config.model
+        if backbone.vocabulary_size is None:
+            raise ValueError("model.vocabulary_size is not set: give it, or take it from the prepared data's manifest.")
+        self.config, self.layers = config, layers
+        self.embedding = layers.embedding(backbone.vocabulary_size, backbone.width)
+        self.backbone = Backbone(backbone, layers, recompute)
+        self.refine = Refine(config, layers, recompute) if backbone.kind == "attractor" else None
+        self.norm = RMSNorm(backbone.width, backbone.norm_eps)
+        self.head = None if backbone.tied_embeddings else layers.column(backbone.width, backbone.vocabulary_size)
+
+    def propose(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, Context]:
+        """The proposal y0 [b, s, w], and the context the attractor shares with the backbone."""
+        context = make_context(self.config.model, tokens, documents)
+        return self.backbone(self.embedding(tokens), tokens, context), context
+
+    @property
+    def unembedding(self) -> Tensor:
+        """[v, w]."""
+        return (self.embedding if self.head is None else self.head).get_parameter("weight")
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, depths: Sequence[Depth] | None = None
+    ) -> tuple[Tensor, Record]:
+        """(mean loss a predicted token, record). The record holds detached scalars: what the step found and what it cost.
+
+        depths: evaluate instead of train. The loss of every token after that many evaluations, record["nll/<depth>"] [b, s],
+        from one proposal; the loss returned is the last depth's. A Transformer has the one depth 0, whatever is asked.
+        """
+        proposal, context = self.propose(tokens, documents)
+        if depths is not None:
+            return self._at_depths(proposal, context, targets, depths)
+        if self.refine is None:
+            return self._loss(proposal, targets), {}
+        refined = self.refine(proposal, context)
+        loss = self._loss(refined.output, targets)
+        record = solver_record(refined.solution)
+        record["cross_entropy"], record["products"] = loss.detach(), refined.products
+        return (loss if refined.penalty is None else loss + refined.penalty), record
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.norm(hidden).flatten(0, 1)
+        total = self.layers.cross_entropy_sum(hidden, self.unembedding, targets.flatten())
+        return total / (targets != IGNORE).sum().clamp_min(1)
+
+    @torch.no_grad()
+    def _at_depths(self, proposal: Tensor, context: Context, targets: Tensor, depths: Sequence[Depth]) -> tuple[Tensor, Record]:
+        record: Record = {}
+        losses = proposal.new_zeros(())
+        for depth in depths if self.refine is not None else (0,):
+            state, solution = (proposal, None) if self.refine is None else self.refine.at_depth(proposal, context, depth)
+            losses = self.layers.cross_entropy_tokens(self.norm(state).flatten(0, 1), self.unembedding, targets.flatten())
+            record[f"nll/{depth}"] = losses.view_as(targets)
+            if solution is not None:
+                distance = (state - proposal).flatten(1).norm(dim=1) / proposal.float().flatten(1).norm(dim=1)
+                record[f"proposal_distance/{depth}"] = distance
+                record.update({f"{key}/{depth}": value for key, value in solver_record(solution).items()})
+        return losses.sum() / (targets != IGNORE).sum().clamp_min(1), record
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, documents: Tensor | None = None, depth: Depth = "auto") -> Tensor:
+        """Logits of every position [b, s, v] in fp32."""
+        proposal, context = self.propose(tokens, documents)
+        state = proposal if self.refine is None else self.refine.at_depth(proposal, context, depth)[0]
+        return (self.norm(state) @ self.unembedding.T).float()
+
+    def compile_maps(self) -> None:
+        """torch.compile the backbone and the map f in place; the solver's loop stays outside."""
+        self.backbone.compile()
+        if self.refine is not None:
+            self.refine.attractor.compile()
+
+
+def solver_record(solution: Solution) -> Record:
+    """Scalars of a solve: mean iterations and converged share, the worst residual, evaluations a sequence, fallbacks."""
+    batch, device = solution.iterations.shape[0], solution.residual.device
+    return {
+        "solver_iterations": solution.iterations.float().mean(),
+        "solver_evaluations": torch.tensor(solution.evaluations / batch, device=device),
+        "solver_residual": solution.residual.amax(),
+        "solver_converged": solution.converged.float().mean(),
+        "solver_fallbacks": solution.fallbacks,
+    }
+
+
+def build(
+    config: ModelConfig,
+    *,
+    layers: Layers | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    recompute: bool = False,
+) -> LanguageModel:
+    """A model with its first weights. On the meta device it has shapes only."""
+    from model.init import initialise  # imports this module for its types
+
+    device = torch.device(device)
+    with torch.device("meta" if device.type == "meta" else "cpu"):
+        model = LanguageModel(config, layers or PlainLayers(), recompute)
+    if device.type != "meta":
+        initialise(model, seed)
+    return model.to(device=device, dtype=dtype)

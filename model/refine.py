@@ -1,0 +1,70 @@
+"""From proposal to equilibrium: solve y* = f(y*, y0), then make it differentiable.
+
+`Refine` is the one module that contains the loop. An engine that gathers parameters on demand (ZeRO-3) treats it as a leaf:
+its parameters are gathered once a solve, and ranks may take different numbers of iterations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Context
+from model.attractor import Attractor
+from model.config import ModelConfig, SolverConfig
+from model.fixed_point import Map, Solution, solve, solve_strict
+from model.implicit import attach
+from model.layers import Layers
+
+Depth = int | str
+"""How far to solve: a number of evaluations, "auto" (as configured) or "strict" (as generation with a cache would)."""
+
+
+class Refined(NamedTuple):
+    output: Tensor
+    """[b, s, w], at least fp32: the equilibrium, differentiable when gradients are on."""
+    solution: Solution
+    penalty: Tensor | None
+    products: Tensor
+    """See model.implicit.Attached."""
+
+
+class Refine(nn.Module):
+    def __init__(self, config: ModelConfig, layers: Layers, recompute: bool = False) -> None:
+        super().__init__()
+        self.attractor = Attractor(config.model, config.attractor, layers)
+        self.solver, self.gradient, self.recompute = config.solver, config.gradient, recompute
+
+    def forward(self, proposal: Tensor, context: Context) -> Refined:
+        """proposal y0 [b, s, w] in any precision. In training the output has a gradient and costs one application more."""
+        y0 = proposal.to(torch.promote_types(proposal.dtype, torch.float32))
+        solution = self._solve(y0.detach(), context, self.solver)
+        if not torch.is_grad_enabled():
+            return Refined(solution.state, solution, None, torch.zeros((), dtype=torch.int64))
+        attached = attach(lambda y: self.attractor(y, y0, context), solution.state, self.gradient, self.solver, self.recompute)
+        return Refined(attached.output, solution, attached.penalty, attached.products)
+
+    @torch.no_grad()
+    def at_depth(self, proposal: Tensor, context: Context, depth: Depth) -> tuple[Tensor, Solution | None]:
+        """The state after `depth` evaluations (0: the proposal itself, solution None). Not differentiable."""
+        y0 = proposal.to(torch.promote_types(proposal.dtype, torch.float32))
+        if depth == 0:
+            return y0, None
+        if depth == "strict":
+            solution = solve_strict(lambda y: self.attractor(y, y0, context), y0, self.solver)
+        elif depth == "auto":
+            solution = self._solve(y0, context, self.solver)
+        else:
+            fixed = replace(self.solver, min_iterations=int(depth), max_iterations=int(depth))
+            solution = self._solve(y0, context, fixed)
+        return solution.state, solution
+
+    def _solve(self, y0: Tensor, context: Context, solver: SolverConfig) -> Solution:
+        def restrict(rows: Tensor) -> Map:  # the map on some sequences only
+            part, its_context = y0[rows], context.rows(rows)
+            return lambda y: self.attractor(y, part, its_context)
+
+        return solve(lambda y: self.attractor(y, y0, context), y0, solver, restrict)

@@ -1,0 +1,48 @@
+"""What each parameter is for, told by the module that owns it, never by its name.
+
+Optimizers choose by role: Muon for BACKBONE_MATRIX, a learning rate of their own for the attractor's, no decay for vectors.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from torch import nn
+
+from model.attention import ValueGate
+from model.language_model import LanguageModel
+from model.layers import ChannelGate, RMSNorm
+
+
+class Role(StrEnum):
+    EMBEDDING = "embedding"
+    VALUE_EMBEDDING = "value_embedding"
+    HEAD = "head"
+    """An untied unembedding."""
+    BACKBONE_MATRIX = "backbone_matrix"
+    BACKBONE_VECTOR = "backbone_vector"
+    """Norms and gates: of the backbone, and the final norm."""
+    ATTRACTOR_MATRIX = "attractor_matrix"
+    ATTRACTOR_VECTOR = "attractor_vector"
+
+
+def parameter_roles(model: LanguageModel) -> dict[str, Role]:
+    """Role of every parameter, by its name in model.named_parameters()."""
+    owners: dict[int, Role] = {}
+
+    def claim(module: nn.Module, role: Role) -> None:
+        for parameter in module.parameters():
+            owners[id(parameter)] = role  # narrower claims come later and win
+
+    claim(model, Role.BACKBONE_MATRIX)
+    if model.refine is not None:
+        claim(model.refine, Role.ATTRACTOR_MATRIX)
+    inside = set() if model.refine is None else set(model.refine.modules())
+    for module in model.modules():
+        if isinstance(module, (RMSNorm, ChannelGate, ValueGate)):
+            claim(module, Role.ATTRACTOR_VECTOR if module in inside else Role.BACKBONE_VECTOR)
+    claim(model.backbone.value_embeddings, Role.VALUE_EMBEDDING)
+    claim(model.embedding, Role.EMBEDDING)
+    if model.head is not None:
+        claim(model.head, Role.HEAD)
+    return {name: owners[id(parameter)] for name, parameter in model.named_parameters()}
