@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.fixed_point import Solution
 from model.layers import Layers, PlainLayers, RMSNorm
 from model.loss import IGNORE
-from model.refine import Depth, Refine
+from model.refine import Depth, Refine, Refined
 
 Record = dict[str, Tensor]
 
@@ -61,14 +61,17 @@ class LanguageModel(nn.Module):
         if depths is not None:
             return self._at_depths(proposal, context, targets, depths)
         if self.refine is None:
-            return self._loss(proposal, targets), {}
-        refined = self.refine(proposal, context)
-        loss = self._loss(refined.output, targets)
-        record = solver_record(refined.solution)
-        record["cross_entropy"], record["products"] = loss.detach(), refined.products
+            return self.predict(proposal, targets), {}
+        refined: Refined = self.refine(proposal, context)
+        loss = self.predict(refined.output, targets)
+        record = {} if refined.solution is None else solver_record(refined.solution)
+        record["cross_entropy"] = loss.detach()
+        if refined.products is not None:
+            record["products"] = refined.products
         return (loss if refined.penalty is None else loss + refined.penalty), record
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def predict(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy a predicted token, from the final state [b, s, w]."""
         hidden = self.norm(hidden).flatten(0, 1)
         total = self.layers.cross_entropy_sum(hidden, self.unembedding, targets.flatten())
         return total / (targets != IGNORE).sum().clamp_min(1)
@@ -78,7 +81,7 @@ class LanguageModel(nn.Module):
         record: Record = {}
         losses = proposal.new_zeros(())
         for depth in depths if self.refine is not None else (0,):
-            state, solution = (proposal, None) if self.refine is None else self.refine.at_depth(proposal, context, depth)
+            state, solution = self._state(proposal, context, depth)
             losses = self.layers.cross_entropy_tokens(self.norm(state).flatten(0, 1), self.unembedding, targets.flatten())
             record[f"nll/{depth}"] = losses.view_as(targets)
             if solution is not None:
@@ -87,11 +90,17 @@ class LanguageModel(nn.Module):
                 record.update({f"{key}/{depth}": value for key, value in solver_record(solution).items()})
         return losses.sum() / (targets != IGNORE).sum().clamp_min(1), record
 
+    def _state(self, proposal: Tensor, context: Context, depth: Depth) -> tuple[Tensor, Solution | None]:
+        if self.refine is None:
+            return proposal, None
+        refined: Refined = self.refine(proposal, context, depth)
+        return refined.output, refined.solution
+
     @torch.no_grad()
     def logits(self, tokens: Tensor, documents: Tensor | None = None, depth: Depth = "auto") -> Tensor:
         """Logits of every position [b, s, v] in fp32."""
         proposal, context = self.propose(tokens, documents)
-        state = proposal if self.refine is None else self.refine.at_depth(proposal, context, depth)[0]
+        state, _ = self._state(proposal, context, depth)
         return (self.norm(state) @ self.unembedding.T).float()
 
     def compile_maps(self) -> None:

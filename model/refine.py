@@ -26,10 +26,10 @@ Depth = int | str
 class Refined(NamedTuple):
     output: Tensor
     """[b, s, w], at least fp32: the equilibrium, differentiable when gradients are on."""
-    solution: Solution
+    solution: Solution | None
     penalty: Tensor | None
-    products: Tensor
-    """See model.implicit.Attached."""
+    products: Tensor | None
+    """See model.implicit.Attached; None without gradients."""
 
 
 class Refine(nn.Module):
@@ -38,19 +38,21 @@ class Refine(nn.Module):
         self.attractor = Attractor(config.model, config.attractor, layers)
         self.solver, self.gradient, self.recompute = config.solver, config.gradient, recompute
 
-    def forward(self, proposal: Tensor, context: Context) -> Refined:
-        """proposal y0 [b, s, w] in any precision. In training the output has a gradient and costs one application more."""
+    def forward(self, proposal: Tensor, context: Context, depth: Depth = "auto") -> Refined:
+        """proposal y0 [b, s, w] in any precision.
+
+        With gradients on, the output is differentiable and one application deeper than the solve. With gradients off, it is
+        the state after `depth`; depth 0 is the proposal itself, with no solution.
+        """
         y0 = proposal.to(torch.promote_types(proposal.dtype, torch.float32))
-        solution = self._solve(y0.detach(), context, self.solver)
         if not torch.is_grad_enabled():
-            return Refined(solution.state, solution, None, torch.zeros((), dtype=torch.int64))
+            state, solution = self._at_depth(y0, context, depth)
+            return Refined(state, solution, None, None)
+        solution = self._solve(y0.detach(), context, self.solver)
         attached = attach(lambda y: self.attractor(y, y0, context), solution.state, self.gradient, self.solver, self.recompute)
         return Refined(attached.output, solution, attached.penalty, attached.products)
 
-    @torch.no_grad()
-    def at_depth(self, proposal: Tensor, context: Context, depth: Depth) -> tuple[Tensor, Solution | None]:
-        """The state after `depth` evaluations (0: the proposal itself, solution None). Not differentiable."""
-        y0 = proposal.to(torch.promote_types(proposal.dtype, torch.float32))
+    def _at_depth(self, y0: Tensor, context: Context, depth: Depth) -> tuple[Tensor, Solution | None]:
         if depth == 0:
             return y0, None
         if depth == "strict":
@@ -58,8 +60,7 @@ class Refine(nn.Module):
         elif depth == "auto":
             solution = self._solve(y0, context, self.solver)
         else:
-            fixed = replace(self.solver, min_iterations=int(depth), max_iterations=int(depth))
-            solution = self._solve(y0, context, fixed)
+            solution = self._solve(y0, context, replace(self.solver, min_iterations=int(depth), max_iterations=int(depth)))
         return solution.state, solution
 
     def _solve(self, y0: Tensor, context: Context, solver: SolverConfig) -> Solution:

@@ -1,0 +1,131 @@
+"""`attractor bench`: how fast and how large, measured here and now. Timings live in these commands, never in tests."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from launchers.commands.train import Overrides
+from launchers.output import console, deliver, si, size
+from pretrain.config import load_recipe
+from pretrain.errors import Refusal
+
+app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+
+_STEP_EPILOG = """\
+[bold]Examples[/]
+
+  attractor bench step --iterations 1,8,64
+
+  attractor bench step attractor-140m train.micro_batch=8 train.compile=true --json
+"""
+
+_DATA_EPILOG = """\
+[bold]Examples[/]
+
+  attractor bench data
+
+  attractor bench data corpus.txt --workers 2 --json
+"""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Row = dict[str, Any]
+
+
+def parse_counts(text: str) -> list[int]:
+    """`1,8,64` -> [1, 8, 64]. Raises Refusal for anything but whole numbers above 0."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise Refusal(f"--iterations {text} is no list of solver iterations: write whole numbers above 0, such as 1,8,64.")
+    return [int(word) for word in words]
+
+
+@app.command("step", epilog=_STEP_EPILOG)
+def step(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The model and batch to time.")] = "demo",
+    overrides: Overrides = None,
+    iterations: Annotated[str, typer.Option("--iterations", metavar="1,8,64", help="Fixed solver iterations, one row each.")] = "1,8,64",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps a row, after a warm-up.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Time a training step by part, at fixed numbers of solver iterations."""
+    resolved = load_recipe(recipe, overrides or [])
+    counts = parse_counts(iterations)
+
+    def compute() -> list[Row]:
+        from pretrain.bench import bench_step
+
+        return bench_step(resolved, counts, steps)
+
+    deliver(as_json, compute, lambda rows: _show("Training step", rows))
+
+
+@app.command("data", epilog=_DATA_EPILOG)
+def data(
+    sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE", help="Text to measure on.", show_default="python-docs")] = None,
+    megabytes: Annotated[float, typer.Option("--megabytes", min=0.1, help="Text to tokenise, at most.")] = 10.0,
+    vocab_size: Annotated[int, typer.Option("--vocab-size", help="Of the tokenizer that is trained for it.")] = 4096,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens a sequence that is loaded.")] = 256,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Cores that tokenise; loading takes one.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Measure tokenising (MB/s, against tokenizers' own encode_batch) and loading (tokens/s on one core)."""
+    names = sources or ["python-docs"]
+    deliver(as_json, lambda: _data_rows(names, megabytes, vocab_size, sequence_length, workers), lambda rows: _show("Data", rows))
+
+
+def _data_rows(sources: list[str], megabytes: float, vocab_size: int, sequence_length: int, workers: int) -> list[Row]:
+    from data_pipeline import prepare
+    from data_pipeline.bench import bench_loading, bench_tokenising
+    from data_pipeline.manifest import TOKENIZER
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared"
+        manifest = prepare(sources, prepared, vocabulary_size=vocab_size, sequence_length=sequence_length, workers=workers)
+        texts = list(_texts(sources, int(megabytes * 1e6)))
+        tokenising = bench_tokenising(texts, (prepared / TOKENIZER).read_text(encoding="utf-8"), workers)
+        loading = bench_loading(prepared)
+    text, shards = f"{tokenising.megabytes:.2f} MB of text", f"{manifest.splits['train'].tokens} tokens in shards"
+    return [
+        {"measure": "tokenising", "cores": workers, "unit": "MB/s", "rate": tokenising.ours, "on": text},
+        {"measure": "encode_batch", "cores": workers, "unit": "MB/s", "rate": tokenising.encode_batch, "on": text},
+        {"measure": "loading", "cores": 1, "unit": "tokens/s", "rate": loading, "on": shards},
+    ]
+
+
+def _texts(sources: list[str], limit: int) -> Iterator[str]:
+    """Documents of the sources, up to `limit` bytes."""
+    from data_pipeline.sources import open_sources
+
+    corpus = open_sources(sources)
+    for document in corpus.documents(corpus.reading()):
+        limit -= len(document.text.encode())
+        if limit < 0:
+            return
+        yield document.text
+
+
+def _show(title: str, rows: list[Row]) -> None:
+    """One table of rows that have the same keys; names say the unit (seconds, bytes, per_second)."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(name, value) for name, value in row.items()))
+    console().print(table)
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    if name.endswith("bytes"):
+        return size(value)
+    if name.endswith("seconds"):
+        return f"{value:.3g} s"
+    return si(value) if abs(value) >= 1000 else f"{value:.3g}"

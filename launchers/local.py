@@ -1,0 +1,142 @@
+"""`--procs N`: N ranks of one run on this machine, started, watched and ended together.
+
+    launch(["pretrain/train.py", "demo"], 2) -> exit code of the run
+
+- SIGTERM, SIGUSR1 and SIGINT are passed on to every rank, which then saves or stops; a second one ends them at once.
+- The first rank to fail decides the exit code; the others get SIGTERM and, seconds later, SIGKILL. Ranks that stop on
+  purpose (codes 3, 4, 5) agreed to, so the others get time to finish what they are writing.
+- Each rank leads its own process group, so that its loader processes end with it, and dies with this process (Linux).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+from pretrain.errors import BAD_CHECKPOINT_WRITE, NON_FINITE, SIGNALLED
+
+INTERRUPTED = 130
+_POLL = 0.05
+_GRACE = 5.0
+"""Seconds from SIGTERM to SIGKILL."""
+_AGREED = {SIGNALLED: 60.0, NON_FINITE: 60.0, BAD_CHECKPOINT_WRITE: 60.0}
+"""Seconds the other ranks get after a rank stopped on purpose, before SIGTERM."""
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables by which torch.distributed, DeepSpeed and streaming know their rank; threads share the cores."""
+    cores = len(os.sched_getaffinity(0))
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))),
+    }
+
+
+def launch(arguments: Sequence[str], ranks: int) -> int:
+    """Runs `python *arguments` as `ranks` local ranks; returns 0, or the code of the first rank to fail (128 + n for signal n)."""
+    port = free_port()
+    libc = ctypes.CDLL(None)
+
+    def die_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    processes: list[subprocess.Popen[bytes]] = []
+    with _passing_on(processes) as received:
+        try:
+            for rank in range(ranks):
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *arguments],
+                        env=rank_environment(rank, ranks, port),
+                        start_new_session=True,
+                        preexec_fn=die_with_parent,
+                    )
+                )
+            return _watch(processes, received)
+        finally:
+            _end(processes)
+
+
+@contextlib.contextmanager
+def _passing_on(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Passes signals on to the ranks meanwhile; yields the list of those received."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in processes:
+            _send(process, number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(processes: list[subprocess.Popen[bytes]], received: list[int]) -> int:
+    """Waits until all ranks are done, or one has failed and the others had their time."""
+    failed: int | None = None
+    deadline = float("inf")
+    while True:
+        codes = [process.poll() for process in processes]
+        if failed is None:
+            failed = next((code for code in codes if code), None)
+            if failed is not None:
+                deadline = time.monotonic() + _AGREED.get(failed, 0.0)
+        if all(code is not None for code in codes) or time.monotonic() >= deadline:
+            break
+        if received.count(signal.SIGINT) + received.count(signal.SIGTERM) > 1:
+            break
+        if signal.SIGINT in received:
+            deadline = min(deadline, time.monotonic() + _GRACE)
+        time.sleep(_POLL)
+    if signal.SIGINT in received and failed != SIGNALLED:
+        return INTERRUPTED
+    if failed is None:
+        return 128 + received[-1] if any(code is None for code in codes) else 0
+    return failed if failed > 0 else 128 - failed
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ends what still runs: SIGTERM, a grace, SIGKILL to whole groups (loader processes too)."""
+    for process in processes:
+        if process.poll() is None:
+            _send(process, signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(_POLL)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # nobody of the group is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    """A signal to one rank, which alone knows how its loader processes end."""
+    if process.poll() is None:
+        process.send_signal(number)

@@ -1,0 +1,281 @@
+"""Recipes: everything a run depends on, as thirteen sections of strictly typed keys. Starts without torch.
+
+A recipe is YAML under launchers/recipes (or any file), changed by `section.key=value` overrides:
+
+    layers of YAML (base: first) -> overrides -> one tree of plain values -> Recipe (frozen) -> config.yaml of the run
+
+Refused, each with the key, where it was written and the remedy: keys that do not exist (the nearest name is offered),
+values of another type, numbers out of range, and combinations that no run could honour. Checks that need files or
+ranks come later: `Recipe.sources`, `Recipe.check_world`. The sections `model`, `attractor`, `solver` and `gradient`
+are the records of model/config.py, defaults included.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from model.config import AttractorConfig, BackboneConfig, GradientConfig, ModelConfig, SolverConfig
+from pretrain.errors import Refusal
+from pretrain.keys import KEYS, SECTIONS, fit, unknown, wanted
+from pretrain.overrides import parse_override, parse_yaml
+from pretrain.sections import (
+    CheckpointSection,
+    DataSection,
+    EvaluationSection,
+    LayoutSection,
+    OptimizerSection,
+    RunSection,
+    ScheduleSection,
+    Section,
+    TelemetrySection,
+    TrainSection,
+)
+
+__all__ = ["KEYS", "RECIPES", "Recipe", "load_recipe", "recipe_names"]
+
+RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
+"""Named recipes: data beside the code, read as files (this room imports nothing of launchers)."""
+
+
+class Recipe(Section):
+    """A whole run, resolved and checked. Made by `load_recipe`, stored as config.yaml, read back by `from_yaml`."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: BackboneConfig = BackboneConfig()
+    attractor: AttractorConfig = AttractorConfig()
+    solver: SolverConfig = SolverConfig()
+    gradient: GradientConfig = GradientConfig()
+    train: TrainSection
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    layout: LayoutSection = LayoutSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    telemetry: TelemetrySection = TelemetrySection()
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """The four sections `model.build` takes."""
+        return ModelConfig(self.model, self.attractor, self.solver, self.gradient)
+
+    @property
+    def sources(self) -> list[tuple[str, float]]:
+        """(path or URL, weight) of every prepared set. Raises Refusal when the recipe names none."""
+        if self.data.path is None:
+            raise Refusal(
+                f"data.path is missing in the recipe {self.run.name!r}: prepare text with `attractor data prepare SOURCE --out DIR`, "
+                "then add data.path=DIR."
+            )
+        if isinstance(self.data.path, str):
+            return [(self.data.path, 1.0)]
+        return [(member.path, member.weight) for member in self.data.path]
+
+    def completed(self, vocabulary_size: int, sequence_length: int, path: str) -> Recipe:
+        """The recipe with what it left open taken from the data prepared at `path`: its sequence length, and an embedding for its
+        tokenizer's vocabulary (rounded up to a multiple of 64).
+
+        Raises Refusal when the stated embedding is smaller than that vocabulary, or the budget less than a step.
+        """
+        rows = self.model.vocabulary_size
+        if rows is not None and rows < vocabulary_size:
+            raise Refusal(
+                f"model.vocabulary_size={rows} is smaller than the {vocabulary_size} entries of the tokenizer of {path}: leave it out, "
+                f"set it to {vocabulary_size} or more, or prepare the data with --vocab-size {rows}."
+            )
+        model = replace(self.model, vocabulary_size=-(-vocabulary_size // 64) * 64 if rows is None else rows)
+        length = self.data.sequence_length or sequence_length
+        data = self.data.model_copy(update={"sequence_length": length})
+        complete = self.model_copy(update={"model": model, "data": data})
+        complete.steps(length)
+        return complete
+
+    def steps(self, sequence_length: int) -> int:
+        """Optimizer steps that the token budget pays for. Raises Refusal when it pays for none."""
+        tokens = self.train.global_batch * sequence_length
+        if self.train.tokens < tokens:
+            raise Refusal(
+                f"train.tokens={self.train.tokens} is less than one step of train.global_batch={self.train.global_batch} sequences "
+                f"of {sequence_length} tokens ({tokens}): raise the budget or lower the batch."
+            )
+        return self.train.tokens // tokens
+
+    def check_world(self, data_ranks: int) -> int:
+        """Accumulation: micro-batches a rank takes in each step. Raises Refusal that names legal neighbours when it is not whole."""
+        batch, micro = self.train.global_batch, self.train.micro_batch
+        unit = micro * data_ranks
+        if batch % unit == 0:
+            return batch // unit
+        batches = [str(unit * k) for k in (batch // unit, batch // unit + 1) if k > 0]
+        remedies = [f"train.global_batch={' or '.join(batches)}"]
+        if batch % data_ranks == 0:
+            share = batch // data_ranks
+            micros = [m for m in range(1, share + 1) if share % m == 0]
+            below, above = [m for m in micros if m < micro][-1:], [m for m in micros if m > micro][:1]
+            remedies.append("train.micro_batch=" + " or ".join(str(m) for m in below + above))
+        ranks = [r for r in range(1, batch // micro + 1) if batch % (micro * r) == 0]
+        if ranks:
+            remedies.append("data ranks " + ", ".join(str(r) for r in sorted(ranks, key=lambda r: abs(r - data_ranks))[:3]))
+        raise Refusal(
+            f"train.global_batch={batch} does not divide into micro-batches of train.micro_batch={micro} on {data_ranks} data "
+            f"rank{'s' if data_ranks > 1 else ''} ({unit} sequences at a time). Use {'; or '.join(remedies)}."
+        )
+
+    def to_yaml(self) -> str:
+        """The fully resolved recipe: every section, every key, in order."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str = "the stored recipe") -> Recipe:
+        """Reads `to_yaml` back; `source` is what errors call it."""
+        draft = _Draft()
+        draft.add(_mapping(parse_yaml(text, source), source), source)
+        return draft.recipe(source)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Recipe:
+        for axis in ("tensor", "pipeline"):
+            if getattr(self.layout, axis) != 1:
+                raise ValueError(
+                    f"layout.{axis}={getattr(self.layout, axis)} is not available yet: this version shards over data ranks only. "
+                    f"Use layout.{axis}=1 and, to save memory, layout.zero=2 or 3."
+                )
+        if self.train.precision == "bf16" and self.layout.zero == 0:
+            raise ValueError(
+                "train.precision=bf16 with layout.zero=0 has no home for the fp32 weights (DeepSpeed keeps them with the sharded "
+                "optimizer state): use layout.zero=1, which costs nothing on one rank, or train.precision=fp32."
+            )
+        if self.schedule.shape == "trapezoid" and self.schedule.warmup + self.schedule.decay > 1:
+            raise ValueError(
+                f"schedule.warmup={self.schedule.warmup} and schedule.decay={self.schedule.decay} together exceed the whole run: "
+                "the two shares may add up to 1 at most."
+            )
+        self.check_world(1)
+        if self.data.sequence_length is not None:
+            self.steps(self.data.sequence_length)
+        return self
+
+
+def _mapping(value: Any, source: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise Refusal(f"{source} must hold keys and values, not {value!r}.")
+    return value
+
+
+class _Draft:
+    """Plain values by section and key, gathered layer by layer, with the place where each was written."""
+
+    def __init__(self) -> None:
+        self.tree: dict[str, dict[str, Any]] = {}
+        self.origins: dict[str, str] = {}
+
+    def add(self, layer: Mapping[str, Any], origin: str) -> None:
+        """Lays a mapping of sections over what is there. Raises Refusal for keys that do not exist."""
+        for section, body in layer.items():
+            if section not in SECTIONS:
+                raise unknown(str(section), origin)
+            for key, value in _mapping(body, f"The section {section!r} in {origin}").items():
+                self.put(f"{section}.{key}", value, origin)
+
+    def put(self, dotted: str, value: Any, origin: str) -> None:
+        if dotted in SECTIONS:
+            self.add({dotted: value}, origin)
+        elif dotted not in KEYS:
+            raise unknown(dotted, origin)
+        else:
+            section, _, key = dotted.partition(".")
+            self.tree.setdefault(section, {})[key] = fit(dotted, value)
+            self.origins[dotted] = origin
+
+    def recipe(self, source: str) -> Recipe:
+        """The checked recipe. Raises Refusal with the key, its value, where it was written and what is wanted."""
+        run = self.tree.setdefault("run", {})
+        if not run.get("dir"):
+            run["dir"] = f"runs/{run.get('name') or 'unnamed'}"
+        try:
+            text = json.dumps(self.tree, allow_nan=False)
+        except ValueError as error:
+            raise Refusal(f"{source} holds a number that is not finite (.inf or .nan): every number of a recipe must be finite.") from error
+        try:
+            return Recipe.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            raise Refusal(self._explain(error, source)) from error
+
+    def _explain(self, error: ValidationError, source: str) -> str:
+        first = error.errors()[0]
+        if "error" in first.get("ctx", {}):
+            return f"{first['ctx']['error']} (In {source}.)"
+        dotted = ".".join(str(part) for part in first["loc"][:2])
+        if first["type"] == "missing" and dotted not in self.origins:
+            missing = dotted if dotted in KEYS else "train.tokens"
+            return f"{missing} is missing in {source}: add it, {wanted(missing)}."
+        section, _, key = dotted.partition(".")
+        value = self.tree[section][key]
+        ranged = len(first["loc"]) == 2 and first["type"].startswith(("greater_than", "less_than"))
+        remedy = first["msg"].replace("Input should", "it must") if ranged else f"expected {wanted(dotted)}"
+        return f"{dotted}={value if isinstance(value, str) else json.dumps(value)} (from {self.origins[dotted]}): {remedy}."
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the project."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _recipe_file(name_or_path: str, folder: Path) -> Path:
+    """The file of a recipe: a shipped name, or a path (from `folder` when relative)."""
+    if "/" not in name_or_path and not name_or_path.endswith((".yaml", ".yml")):
+        file = RECIPES / f"{name_or_path}.yaml"
+        if file.is_file():
+            return file
+        close = difflib.get_close_matches(name_or_path, recipe_names(), n=1, cutoff=0.5)
+        hint = f"Did you mean `{close[0]}`?" if close else f"Recipes: {', '.join(recipe_names())}."
+        raise Refusal(f"There is no recipe named `{name_or_path}`. {hint} Give a file of your own by its path: ./{name_or_path}.yaml.")
+    file = folder / name_or_path
+    if not file.is_file():
+        raise Refusal(f"There is no recipe file {file}: give the path of a YAML file, or one of the names {', '.join(recipe_names())}.")
+    return file
+
+
+def _layers(name_or_path: str, folder: Path, below: Sequence[Path] = ()) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(origin, sections) of a recipe, its bases first."""
+    file = _recipe_file(name_or_path, folder)
+    origin = f"the recipe {file.stem!r}" if file.parent == RECIPES else str(file)
+    if file.resolve() in below:
+        circle = " -> ".join(path.stem for path in (*below, file))
+        raise Refusal(f"{origin} is its own base: {circle}. One of these must name another base.")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"The recipe {file} cannot be read: {error}.") from error
+    body = dict(_mapping(parse_yaml(text, origin), origin))
+    base = body.pop("base", None)
+    if base is not None:
+        yield from _layers(str(base), file.parent, (*below, file.resolve()))
+    yield origin, body
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of that name or file, with `section.key=value` overrides on top.
+
+    Raises Refusal for an unknown recipe, an unknown or misspelt key, a value of another type or range, a combination
+    that no run could honour.
+    """
+    draft = _Draft()
+    name = _recipe_file(name_or_path, Path.cwd()).name.removesuffix(".yml").removesuffix(".yaml")
+    draft.put("run.name", name, "the recipe's name")
+    for origin, layer in _layers(name_or_path, Path.cwd()):
+        draft.add(layer, origin)
+    for text in overrides:
+        dotted, value = parse_override(text)
+        draft.put(dotted, value, f"the override `{text}`")
+    return draft.recipe(f"the recipe {name!r}" + (f" with {' '.join(overrides)}" if overrides else ""))

@@ -1,0 +1,121 @@
+"""Validation loss by depth of the solve: 0 decodes the proposal, n takes n evaluations of f, auto solves to the tolerance.
+
+    loss(T) = sum of next-token losses at depth T / predicted tokens;   perplexity = exp(loss)
+    proposal_distance = ||y* - y0|| / ||y0||, mean over sequences, at the last depth that solves
+
+One proposal serves all depths of a batch. The equilibrium is internalised when loss(0) or loss(1) comes near loss(auto).
+With adaptive stopping a token's state may depend, within the tolerance, on later ones (the stop is the sequence's); `strict`
+solves as generation with a cache would, and `leak` is what that changes. Depths are also given as "strict".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline import Batch, ValidationLoader
+from model.loss import IGNORE
+from model.refine import Depth
+from pretrain.agreement import rank, world_size
+from pretrain.config import Recipe
+from pretrain.step import to_device
+
+_PER_SEQUENCE = ("proposal_distance", "solver_iterations", "solver_evaluations", "solver_converged")
+
+
+@torch.no_grad()
+def evaluate(
+    model: Callable[..., Any], batches: Iterable[Batch], depths: Sequence[Depth], device: torch.device, *, mask_documents: bool = False
+) -> dict[str, Any]:
+    """Losses by depth over all ranks' batches; the model is a LanguageModel in eval mode, or an engine around one.
+
+    Returns {"loss": {depth: nats}, "perplexity": {...}, "tokens": predicted, "proposal_distance", "iterations": {depth: mean},
+    "converged": share}; a Transformer has the one depth 0.
+    """
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
+    order: list[str] = []
+    for batch in batches:
+        tokens, targets, documents = to_device(batch, device, mask_documents)
+        predicted = targets != IGNORE
+        real = predicted.any(dim=1).sum()  # rows that are not padding
+        _, record = model(tokens, targets, documents, depths)
+        sums["predicted"] += predicted.sum()
+        sums["sequences"] += real
+        for key, value in record.items():
+            name, _, depth = key.rpartition("/")
+            if name == "nll":
+                sums[key] += value.sum(dtype=torch.float64)
+                order += [depth] if depth not in order else []
+            elif name in _PER_SEQUENCE:
+                sums[key] += value.double().mean() * real
+    totals = _over_ranks(dict(sums))
+    return _report(totals, order)
+
+
+def _over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
+    stacked = torch.stack(list(sums.values()))
+    if world_size() > 1:
+        dist.all_reduce(stacked)
+    return dict(zip(sums, stacked.tolist(), strict=True))
+
+
+def _report(totals: dict[str, float], depths: list[str]) -> dict[str, Any]:
+    losses = {depth: totals[f"nll/{depth}"] / max(1.0, totals["predicted"]) for depth in depths}
+    report: dict[str, Any] = {
+        "loss": losses,
+        "perplexity": {depth: math.exp(min(loss, 700.0)) for depth, loss in losses.items()},
+        "tokens": int(totals["predicted"]),
+    }
+    solved = [depth for depth in depths if f"solver_iterations/{depth}" in totals]
+    if solved:
+        mean = {name: {depth: totals[f"{name}/{depth}"] / max(1.0, totals["sequences"]) for depth in solved} for name in _PER_SEQUENCE}
+        report["iterations"] = mean["solver_iterations"]
+        report["proposal_distance"] = mean["proposal_distance"][solved[-1]]
+        report["converged"] = mean["solver_converged"][solved[-1]]
+    return report
+
+
+def validation_loader(recipe: Recipe, *, ranks: int | None = None) -> ValidationLoader:
+    """The validation split of the recipe's first set, shared out over the data ranks."""
+    return ValidationLoader(
+        recipe.sources[0][0],
+        sequence_length=recipe.data.sequence_length,
+        micro_batch=recipe.train.micro_batch,
+        data_rank=rank() if ranks is None else 0,
+        data_ranks=world_size() if ranks is None else ranks,
+        limit_tokens=recipe.evaluation.tokens,
+        cache=recipe.data.cache,
+    )
+
+
+def evaluate_run(
+    run: Path, iterations: Sequence[Depth] | None = None, *, progress: Callable[[float], None] | None = None
+) -> dict[str, Any]:
+    """Evaluates the newest whole checkpoint of a run folder in this process, at the depths given or the recipe's own.
+
+    Raises Refusal for a folder without a run or a whole checkpoint.
+    """
+    from pretrain.weights import load_run
+
+    loaded = load_run(run)
+    recipe, device = loaded.recipe, loaded.device
+    loader = validation_loader(recipe, ranks=1)
+    batches: Iterable[Batch] = loader
+    if progress is not None:
+        batches = _told(loader, len(loader), progress)
+    depths = list(iterations or recipe.evaluation.iterations)
+    report = evaluate(loaded.model, batches, depths, device, mask_documents=recipe.data.mask_documents)
+    return {"run": str(run), "kind": recipe.model.kind, "step": loaded.step, "weights": loaded.which, **report}
+
+
+def _told(batches: Iterable[Batch], total: int, progress: Callable[[float], None]) -> Iterable[Batch]:
+    for number, batch in enumerate(batches):
+        yield batch
+        progress((number + 1) / total)

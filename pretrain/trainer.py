@@ -1,0 +1,318 @@
+"""A run from its recipe to its summary: data, engine, resume, the loop, what is written on the way.
+
+Every rank runs this. The order is: refuse what can be refused, take the folder, resume, then per step: schedule, train_step,
+ledger, record, evaluate, save. A run ends by its budget, by a signal (saved, exit code 3), by too many non-finite steps (4) or by
+a disk that refuses (5).
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline import Manifest, TokenLoader, open_manifest
+from pretrain.config import Recipe
+from pretrain.errors import NON_FINITE, SIGNALLED, Refusal, RunStopped
+from pretrain.runtime import process_group
+
+
+def train(recipe: Recipe, resume: bool) -> None:
+    """Trains the recipe as this process's rank. Raises Refusal and RunStopped."""
+    recipe = resolve(recipe)
+    with process_group(recipe.train) as device:  # before anything that imports deepspeed
+        from pretrain.agreement import world_size
+        from pretrain.run_folder import RunFolder
+
+        accumulation = recipe.check_world(world_size())
+        folder = RunFolder.open(Path(recipe.run.dir), resume=resume)
+        try:
+            _Run(recipe, folder, device, accumulation, resume).train()
+        finally:
+            folder.close()
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with what only the prepared data knows: sequence length and vocabulary. Raises Refusal where they disagree."""
+    path = recipe.sources[0][0]
+    manifest = open_manifest(path, recipe.data.cache)
+    length = recipe.data.sequence_length or manifest.sequence_length
+    data = recipe.data.model_copy(update={"sequence_length": length})
+    resolved = recipe.model_copy(update={"data": data, "model": replace(recipe.model, vocabulary_size=_vocabulary(recipe, manifest, path))})
+    resolved.steps(length)
+    return resolved
+
+
+def _vocabulary(recipe: Recipe, manifest: Manifest, path: str) -> int:
+    wanted, needed = recipe.model.vocabulary_size, manifest.vocabulary_size
+    if wanted is not None and wanted < needed:
+        raise Refusal(
+            f"model.vocabulary_size={wanted} is smaller than the {needed} entries of the tokenizer of {path}: leave it out, set it to "
+            f"{needed} or more, or prepare the data with --vocab-size {wanted}."
+        )
+    return wanted or -(-needed // 64) * 64
+
+
+@dataclass
+class _Clock:
+    """Seconds and steps since the last record."""
+
+    started: float
+    steps: int = 0
+
+    def lap(self) -> tuple[float, int]:
+        now = time.perf_counter()
+        seconds, steps = now - self.started, self.steps
+        self.started, self.steps = now, 0
+        return seconds, steps
+
+
+class _Run:
+    """The parts of a running run. `train` is the loop; the rest is what it does at each turn."""
+
+    def __init__(self, recipe: Recipe, folder: Any, device: torch.device, accumulation: int, resume: bool) -> None:
+        from pretrain.agreement import rank, world_size
+        from pretrain.engine import build_engine, build_model
+        from pretrain.ledger import Ledger, peak_flops
+        from pretrain.progress import Progress
+        from pretrain.telemetry import Telemetry
+
+        self.recipe, self.folder, self.device, self.accumulation = recipe, folder, device, accumulation
+        self.length = recipe.data.sequence_length or 0
+        self.step_tokens = recipe.train.global_batch * self.length
+        self.total_steps = recipe.steps(self.length)
+        self.total_tokens = self.total_steps * self.step_tokens
+        self.loader = TokenLoader(
+            recipe.sources,
+            sequence_length=self.length,
+            micro_batch=recipe.train.micro_batch,
+            data_rank=rank(),
+            data_ranks=world_size(),
+            seed=recipe.train.seed,
+            workers=recipe.data.workers,
+            cache=recipe.data.cache,
+            vocabulary_limit=recipe.model.vocabulary_size,
+        )
+        self.engine = build_engine(recipe, build_model(recipe, device), accumulation)
+        torch.manual_seed(recipe.train.seed * world_size() + rank())  # noise of penalties differs by rank; weights are made
+        self.ledger = Ledger(recipe.architecture, self.length, recipe.train.recompute)
+        self.peak = recipe.train.peak_flops or self._known_peak(peak_flops)
+        self.step, self.skipped, self.skipped_in_a_row, self.seconds = 0, 0, 0, 0.0
+        self.last_evaluation: dict[str, Any] | None = None
+        self.last_record: dict[str, Any] = {}
+        state = self._resume() if resume else None
+        folder.begin(recipe.to_yaml(), sys.argv, step=self.step)
+        self.telemetry = Telemetry(
+            folder,
+            tensorboard=recipe.telemetry.tensorboard,
+            wandb=recipe.telemetry.wandb,
+            project=recipe.telemetry.project,
+            name=recipe.run.name,
+            config=recipe.model_dump(mode="json"),
+            state=state,
+            step=self.step,
+        )
+        self.progress = Progress(self.total_tokens, tokens=self.tokens, enabled=rank() == 0)
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.step_tokens
+
+    def _known_peak(self, lookup: Any) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        return lookup(torch.cuda.get_device_name(self.device), self.recipe.train.precision)
+
+    def _resume(self) -> dict[str, Any]:
+        """Takes the newest whole checkpoint; the telemetry's state in it."""
+        from pretrain.checkpoint import load_latest
+
+        resumed = load_latest(self.engine, self.folder.checkpoints, config=self.recipe.model_dump(mode="json"))
+        if resumed is None:
+            return {}
+        state = resumed.state
+        self.step = resumed.step
+        self.loader.load_state_dict(state.loader)
+        self.ledger.load_state_dict(state.ledger)
+        self.skipped, self.skipped_in_a_row = state.counters["skipped"], state.counters["skipped_in_a_row"]
+        self.seconds = state.counters["seconds"]
+        probe = self._probe_loss()
+        if state.probe_loss is not None and abs(probe - state.probe_loss) > 1e-3 * abs(state.probe_loss):
+            raise Refusal(
+                f"The checkpoint of step {resumed.step} in {self.folder.checkpoints} does not come back as it was saved: its probe loss was "
+                f"{state.probe_loss:.6f} and is {probe:.6f} now. Another version of a package may read it otherwise: compare run.json."
+            )
+        return state.telemetry
+
+    def train(self) -> None:
+        from pretrain.signals import StopRequest
+
+        batches = iter(self.loader)
+        clock = _Clock(time.perf_counter())
+        try:
+            with StopRequest() as stop:
+                while self.step < self.total_steps:
+                    stopped = self._one_step(batches, clock, stop.requested)
+                    last = self.step == self.total_steps
+                    if last or self.step % self.recipe.evaluation.every == 0:
+                        self._evaluate()
+                        clock.lap()
+                    if last or stopped or self.step % self.recipe.checkpoint.every == 0:
+                        self._save()
+                        clock.lap()
+                    if stopped and not last:
+                        raise RunStopped(
+                            f"Stopped by a signal after step {self.step} of {self.total_steps}, and saved. Go on with --resume.", SIGNALLED
+                        )
+        finally:
+            self.progress.close()
+            self._write_summary()
+            self.telemetry.close()
+
+    def _one_step(self, batches: Iterator[Any], clock: _Clock, stop_requested: bool) -> bool:
+        """One step of training, entered in the ledger and, at its turn, in the record; whether a rank was asked to stop."""
+        from pretrain.optimizer import apply_schedule
+        from pretrain.step import train_step
+        from pretrain.zero import client_optimizer
+
+        recipe = self.recipe
+        scale = apply_schedule(client_optimizer(self.engine), self.tokens, recipe.schedule, self.total_tokens)
+        result = train_step(
+            self.engine, batches, self.accumulation, mask_documents=recipe.data.mask_documents, stop_requested=stop_requested
+        )
+        self.step += 1
+        clock.steps += 1
+        solver = result.solver or {}
+        spent = self.ledger.step(self.step_tokens, solver.get("solver_evaluations", 0.0), solver.get("products", 0.0))
+        self._count_skips(result.applied)
+        if self.step % recipe.train.log_every == 0 or self.step == self.total_steps or not result.applied:
+            seconds, steps = clock.lap()
+            self.seconds += seconds
+            self._record(result, spent, seconds / steps, scale)
+        return result.stop
+
+    def _count_skips(self, applied: bool) -> None:
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        self.skipped += not applied
+        if self.skipped_in_a_row >= self.recipe.train.nonfinite_limit:
+            raise RunStopped(
+                f"The gradients were not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step}; these steps changed "
+                f"nothing, but training has diverged. Lower optimizer.lr (or muon_lr), or resume from the last checkpoint with another "
+                f"setting; train.nonfinite_limit sets how many steps are borne.",
+                NON_FINITE,
+            )
+
+    def _record(self, result: Any, spent: Any, step_seconds: float, scale: float) -> None:
+        from pretrain.agreement import world_size
+
+        model_rate = spent.model / step_seconds
+        record: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": result.loss,
+            "lr": self.recipe.optimizer.lr * scale,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": self.step_tokens / step_seconds,
+            "step_seconds": step_seconds,
+            "mfu": model_rate / (self.peak * world_size()) if self.peak else None,
+            "flops_step": spent.hardware,
+            "flops_total": self.ledger.total.hardware,
+            "flops_parts": asdict(spent),
+            **(result.solver or {}),
+            "memory_bytes": peak_memory(self.device),
+            "skipped_steps": self.skipped,
+        }
+        self.last_record = record
+        self.telemetry.log(record)
+        self.progress.update(record)
+        if not result.applied:
+            self.progress.note(f"step {self.step}: gradients were not finite; the step was skipped ({self.skipped} so far)")
+
+    def _evaluate(self) -> None:
+        from pretrain.ema import averaged_weights
+        from pretrain.evaluate import evaluate, validation_loader
+
+        def run() -> dict[str, Any]:
+            loader = validation_loader(self.recipe)
+            depths, mask = self.recipe.evaluation.iterations, self.recipe.data.mask_documents
+            return evaluate(self.engine, loader, depths, self.device, mask_documents=mask)
+
+        self.engine.eval()
+        try:
+            if self.recipe.optimizer.ema is None:
+                report = run()
+            else:
+                with averaged_weights(self.engine):
+                    report = run()
+        finally:
+            self.engine.train()
+        self.last_evaluation = {"step": self.step, "tokens": self.tokens, **report}
+        self.telemetry.evaluation(self.last_evaluation)
+        losses = "  ".join(f"{depth}: {loss:.4f}" for depth, loss in report["loss"].items())
+        self.progress.note(f"validation at step {self.step}  {losses if 'iterations' in report else f'loss {losses[3:]}'}")
+
+    @torch.no_grad()
+    def _probe_loss(self) -> float:
+        """The loss of one sequence of fixed tokens after one evaluation of f: told again when the checkpoint comes back."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.recipe.model.vocabulary_size or 0, (1, self.length + 1), generator=generator).to(self.device)
+        self.engine.eval()
+        loss, _ = self.engine(tokens[:, :-1], tokens[:, 1:], None, (1,))
+        self.engine.train()
+        return float(loss)
+
+    def _save(self) -> None:
+        from pretrain.checkpoint import save
+        from pretrain.training_state import TrainingState
+        from pretrain.weights import weight_files
+
+        state = TrainingState(
+            tokens=self.tokens,
+            config=self.recipe.model_dump(mode="json"),
+            ledger=self.ledger.state_dict(),
+            loader=self.loader.state_dict(),
+            counters={"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "seconds": self.seconds},
+            telemetry=self.telemetry.state_dict(),
+            probe_loss=self._probe_loss(),
+        )
+        save(self.engine, self.folder.checkpoints, self.step, state, keep=self.recipe.checkpoint.keep, weights=weight_files(self.engine))
+
+    def _write_summary(self) -> None:
+        from pretrain.agreement import world_size
+
+        total = self.ledger.total
+        self.folder.write_summary(
+            {
+                "name": self.recipe.run.name,
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "tokens": self.ledger.tokens,
+                "seconds": self.seconds,
+                "data_ranks": world_size(),
+                "flops": {"total": total.hardware, "model": total.model, **asdict(total)},
+                "parameters": asdict(self._parameters()),
+                "skipped_steps": self.skipped,
+                "metrics": self.last_record,
+                "evaluation": self.last_evaluation,
+            }
+        )
+
+    def _parameters(self) -> Any:
+        from model.cost import count_parameters
+
+        return count_parameters(self.recipe.architecture)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the height so far: of the GPU's allocator, or of this process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+

@@ -1,0 +1,127 @@
+"""What a run must remember besides weights and optimizer, so that the next step is the one it would have been.
+
+Shared by all ranks (state.json, written by rank 0): tokens, ledger, data position, schedule, counters, telemetry ids, a probe loss and
+the resolved recipe. Of each rank: the states of its random generators (random_rank_00000.json). Tensors that belong to a run are in
+the model's or the optimizer's own state, which DeepSpeed saves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+FREE_KEYS = (
+    "run",
+    "telemetry",
+    "checkpoint",
+    "evaluation",
+    "train.log_every",
+    "train.hang_timeout",
+    "train.peak_flops",
+    "train.nonfinite_limit",
+    "data.workers",
+    "data.cache",
+)
+"""Recipe keys (or whole sections) that may differ between a checkpoint and the run that resumes it: they do not change what is learnt."""
+
+
+@dataclass
+class TrainingState:
+    """Everything but weights, optimizer and random states, as plain JSON; the same on all ranks."""
+
+    tokens: int
+    config: dict[str, Any]
+    ledger: dict[str, Any] = field(default_factory=dict)
+    loader: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    counters: dict[str, Any] = field(default_factory=dict)
+    telemetry: dict[str, Any] = field(default_factory=dict)
+    probe_loss: float | None = None
+
+    def to_json(self) -> str:
+        """As text. Floats keep every bit; NaN and infinities are written as Python writes them."""
+        return json.dumps({"fingerprint": fingerprint(self.config), **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingState:
+        """The inverse of `to_json`."""
+        stored = json.loads(text)
+        stored.pop("fingerprint")
+        return cls(**stored)
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """sha256 of the recipe's keys that may not change during a run."""
+    return hashlib.sha256(json.dumps(_binding(config), sort_keys=True).encode()).hexdigest()
+
+
+def changed_keys(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """One phrase a key that differs and may not, as `optimizer.lr: 0.001 in the checkpoint, 0.002 now`; sorted by key."""
+    before, after = _binding(stored), _binding(present)
+    return [
+        f"{key}: {_show(before, key)} in the checkpoint, {_show(after, key)} now"
+        for key in sorted(before.keys() | after.keys())
+        if _show(before, key) != _show(after, key)
+    ]
+
+
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    return json.dumps(flat[key]) if key in flat else "absent"
+
+
+def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in _flatten(config, "").items()
+        if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+    }
+
+
+def _flatten(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def capture_random_states() -> str:
+    """The states of this process's generators (python, numpy, torch on the CPU, torch on the present CUDA device) as JSON text."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return json.dumps(
+        {
+            "python": random.getstate(),
+            "numpy": [kind, np.asarray(keys).tolist(), *rest],
+            "torch": _hex(torch.get_rng_state()),
+            "cuda": _hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+        }
+    )
+
+
+def restore_random_states(text: str) -> None:
+    """Sets every generator to what `capture_random_states` saw. A CUDA state is left out on a machine without CUDA."""
+    states = json.loads(text)
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_unhex(states["torch"]))
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_unhex(states["cuda"]))
+
+
+def _hex(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _unhex(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -1,0 +1,41 @@
+"""Stop requests: the signals are noted and nothing else happens; all ranks agree (that part runs on two ranks in test_checkpoint)."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from pretrain.signals import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_noted_and_nothing_else(number: signal.Signals) -> None:
+    with StopRequest() as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert stop.agreed()
+
+
+def test_earlier_handlers_come_back() -> None:
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested
+        assert seen == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_ctrl_c_still_interrupts() -> None:
+    def interrupted() -> None:
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
