@@ -51,8 +51,8 @@ class TokenLoader:
     ) -> None:
         """sources: (path or URL of a prepared set, weight): the share of samples is in proportion to the weight.
 
-        Refuses sets of other tokenizers or lengths than each other or than `sequence_length` (None: as prepared), ids not below `vocabulary_limit`,
-        and whatever store.py finds damaged.
+        Refuses sets whose tokenizers or lengths differ, a `sequence_length` that is not the prepared one (None: as prepared), ids not below
+        `vocabulary_limit`, and whatever store.py finds damaged.
         """
         _check_slice(micro_batch, data_rank, data_ranks)
         if not sources:
@@ -114,8 +114,7 @@ class TokenLoader:
         """
         if state.get("format") != FORMAT:
             raise Refusal(
-                f"The data position has format {state.get('format')!r}, this version reads {FORMAT}. Resume with the version that saved "
-                "it."
+                f"The data position has format {state.get('format')!r}, this version reads {FORMAT}. Resume with the version that saved it."
             )
         if state["seed"] != self._seed or list(state["sources"]) != self._identity():
             raise Refusal(

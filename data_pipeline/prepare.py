@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.encoding import ParallelEncoder
@@ -49,7 +49,7 @@ def prepare(
 ) -> Manifest:
     """Tokenise, pack and shard `sources` into the new folder `out`.
 
-    tokenizer        a tokenizer.json, or None: byte-level BPE of `vocabulary_size` entries is trained on a bounded sample of the training documents
+    tokenizer        a tokenizer.json, or None: byte-level BPE of `vocabulary_size` entries is trained on a sample of the training documents
     sequence_length  inputs of a window; windows hold one id more
     validation       a fraction of the documents, chosen by hash (equal texts go the same way), or a source of their own
     workers          processes that tokenise
@@ -116,7 +116,7 @@ def _check(out: Path, tokenizer: str | Path | None, vocabulary_size: int | None,
         raise Refusal(f"--sequence-length {sequence_length} is not a length. Give a positive number of tokens.")
 
 
-def _check_splits(splits: dict[str, object], fraction: float, readings: list[Reading], corpora: list[Corpus]) -> None:
+def _check_splits(splits: Collection[str], fraction: float, readings: list[Reading], corpora: list[Corpus]) -> None:
     """Refuse a corpus that had no document, or a validation split that got none."""
     for reading, corpus, name in zip(readings, corpora, (TRAIN, VALIDATION), strict=False):
         if name not in splits and not (fraction and splits):

@@ -43,20 +43,19 @@ def _parts(library: Path, name: str, seen: set[str]) -> Iterator[tuple[str, Iter
     """(origin, its documents) in order: topics, standard library, then each installed package."""
     topics = library / "pydoc_data" / "topics.py"
     if topics.exists():
-        yield f"{name} topics", _topics(topics)
-    yield f"{name} standard library", _modules(library, seen)
+        yield f"{name} topics", _topics(topics, seen)
+    yield f"{name} standard library", _modules(library, library, seen)
     for package in _installed():
-        yield f"{name} {package.name}", _modules(package, seen)
+        yield f"{name} {package.name}", _modules(package, package.parent, seen)
 
 
-def _topics(path: Path) -> Iterator[str]:
+def _topics(path: Path, seen: set[str]) -> Iterator[str]:
     """The values of the one dictionary in pydoc_data/topics.py, by topic."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Dict):
-            topics = ast.literal_eval(node)
-            for name in sorted(topics):
-                yield topics[name]
-            return
+    dictionary = next(node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Dict))
+    for _, text in sorted(ast.literal_eval(dictionary).items()):
+        if text not in seen:
+            seen.add(text)
+            yield text
 
 
 def _installed() -> list[Path]:
@@ -65,10 +64,10 @@ def _installed() -> list[Path]:
     return sorted((path.parent for path in folder.glob("*/__init__.py")), key=lambda path: path.name)
 
 
-def _modules(root: Path, seen: set[str]) -> Iterator[str]:
-    """A document for each module under `root` that has docstrings not seen before, by path."""
+def _modules(root: Path, path_entry: Path, seen: set[str]) -> Iterator[str]:
+    """A document for each module under `root` that has docstrings not seen before, by path; names are relative to `path_entry`."""
     for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
+        parts = path.relative_to(path_entry).parts
         if LEFT_OUT.intersection(parts) or parts[-1] == "topics.py":
             continue
         try:
@@ -78,7 +77,11 @@ def _modules(root: Path, seen: set[str]) -> Iterator[str]:
         except (SyntaxError, ValueError):  # templates and samples of other syntaxes
             continue
         name = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
-        found = [f"{title}\n\n{text}\n" for title, text in _docstrings(tree, name) if text not in seen and not seen.add(text)]  # type: ignore[func-returns-value]
+        found = []
+        for title, text in _docstrings(tree, name):
+            if text not in seen:
+                seen.add(text)
+                found.append(f"{title}\n\n{text}\n")
         if found:
             yield "\n".join(found)
 

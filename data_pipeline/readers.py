@@ -1,8 +1,8 @@
 """Readers of files: .txt, .jsonl (both also .gz and .zst), .parquet. Each streams: memory holds one piece, line or row batch, not the file.
 
-    .txt      one document a file, or several with lines between them that hold only <|endoftext|>
-    .jsonl    one JSON object a line; its "text" is the document
-    .parquet  the column "text"
+.txt      one document a file, or several with lines between them that hold only <|endoftext|>
+.jsonl    one JSON object a line; its "text" is the document
+.parquet  the column "text"
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def open_stream(path: Path, reading: Reading | None = None) -> Iterator[io.Buffe
 
 def _decompressed(path: Path, raw: io.RawIOBase) -> io.RawIOBase:
     if path.suffix.lower() == ".gz":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value, arg-type]  # has all of RawIOBase that is used
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]  # has all of RawIOBase that is used
     if path.suffix.lower() == ".zst":
         import pyarrow as arrow
 

@@ -72,8 +72,11 @@ def _encodable(text: str) -> bool:
 
 
 def cut(text: str, length: int = PIECE) -> int:
-    """Where to cut a text longer than `length`: before the last whitespace that follows a non-space, so that byte-level tokenizers of GPT-2's
-    pattern, whose words take their leading space with them, give the same tokens as on the whole."""
+    """Where to cut a text longer than `length`: before the last whitespace that follows a non-space.
+
+    Words of GPT-2's pattern, which ours shares, take one leading space with them and never reach across such a place: the pieces give the
+    same tokens as the whole.
+    """
     end = min(len(text), length)
     while end > 1:
         at = max(text.rfind("\n", 1, end), text.rfind(" ", 1, end))

@@ -47,7 +47,8 @@ class ShardWriter:
         from streaming import MDSWriter
 
         self._folder = folder
-        self._writer = MDSWriter(columns={COLUMN: f"ndarray:{dtype}"}, out=str(folder), compression="zstd", hashes=HASHES, size_limit=SHARD_BYTES)
+        columns = {COLUMN: f"ndarray:{dtype}"}
+        self._writer = MDSWriter(columns=columns, out=str(folder), compression="zstd", hashes=HASHES, size_limit=SHARD_BYTES)
         self.windows = 0
 
     def write(self, window: NDArray) -> None:
@@ -97,7 +98,6 @@ class ShardSamples:
         """`data`: the file as stored. Raises Damaged unless size, hashes, uncompressed size and number of samples are those of the
         index.
         """
-        from streaming.base.compression import decompress
         from streaming.base.format import reader_from_json
         from streaming.base.hashing import get_hash
 
@@ -106,7 +106,7 @@ class ShardSamples:
         for name in hashes:
             if get_hash(name, data) != shard.hashes[name]:
                 raise Damaged(f"has another {name} than its index says")
-        self._data = memoryview(decompress(shard.compression, data))
+        self._data = _decompressed(shard, data)
         samples = int(np.frombuffer(self._data[:4], np.uint32)[0])
         if len(self._data) != shard.raw_bytes or samples != shard.samples:
             raise Damaged(f"holds {samples} samples in {len(self._data)} bytes instead of {shard.samples} in {shard.raw_bytes}")
@@ -114,8 +114,18 @@ class ShardSamples:
         self._reader = reader_from_json("", "", shard.info)
 
     def __len__(self) -> int:
+        """Samples."""
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> NDArray:
         """The window [n] of sample `index`."""
         return self._reader.decode_sample(self._data[self._offsets[index] : self._offsets[index + 1]])[COLUMN]
+
+
+def _decompressed(shard: Shard, data: bytes) -> bytes:
+    from streaming.base.compression import decompress
+
+    try:
+        return decompress(shard.compression, data)
+    except Exception as error:  # each compression library has exceptions of its own
+        raise Damaged(f"cannot be decompressed ({error})") from error

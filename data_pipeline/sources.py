@@ -2,7 +2,7 @@
 
     FILE                     .txt, .jsonl (also .gz, .zst), .parquet
     FOLDER                   those files in it, recursively, in the order of their paths
-    hf:NAME[/CONFIG][@SPLIT] a dataset of the Hugging Face hub, or a local folder it can read, streamed through `datasets`; split `train` unless named
+    hf:NAME[/CONFIG][@SPLIT] a dataset of the Hugging Face hub, or a local folder, streamed through `datasets`; split `train` unless named
     python-docs              the documentation that comes with Python
 
 `open_sources` resolves names first, so that a missing file, an unknown suffix or an empty folder is refused before anything is read.

@@ -87,8 +87,7 @@ def begin_id(tokenizer: Tokenizer, where: str) -> int:
         if (found := tokenizer.token_to_id(name)) is not None:
             return int(found)
     raise Refusal(
-        f"{where} has none of the tokens {', '.join(BEGIN_NAMES)}, one of which must begin each document. Add {BEGIN} to its "
-        "added_tokens."
+        f"{where} has none of the tokens {', '.join(BEGIN_NAMES)}, one of which must begin each document. Add {BEGIN} to its added_tokens."
     )
 
 

@@ -28,7 +28,7 @@ class VerifyReport:
 
 
 def verify(path: str | Path) -> VerifyReport:
-    """Check tokenizer, indexes, and of every shard presence, size, both hashes and samples; then documents, tokens and the largest id of each split.
+    """Check tokenizer, indexes, of every shard presence, size, both hashes and samples, and the manifest's counts of each split.
 
     Returns only if all are sound: the Refusal names each damaged shard and what is wrong with it.
     """

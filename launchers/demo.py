@@ -13,6 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from launchers.commands.data import preparing
 from launchers.local import launch
 from launchers.output import console, fraction_bar, si
 from pretrain.config import load_recipe
@@ -46,7 +47,7 @@ def _prepare(data: Path) -> None:
 
     recipe = load_recipe("demo")
     if not (data / MANIFEST).exists():
-        with fraction_bar("python-docs: text, tokenizer, shards") as report:
+        with preparing() as report:
             prepare(
                 ["python-docs"],
                 data,
@@ -54,7 +55,7 @@ def _prepare(data: Path) -> None:
                 sequence_length=recipe.data.sequence_length or 256,
                 validation=0.02,
                 workers=2,
-                progress=lambda progress: report(progress.share),
+                progress=report,
             )
     split = open_manifest(data).splits["train"]
     console().print(f"Data: {split.bytes / 1e6:.1f} MB of English text, {si(split.tokens)}tokens, in {data}", highlight=False)

@@ -129,6 +129,9 @@ class SolverConfig:
     max_iterations: int = 64
     min_iterations: int = 1
     """Evaluations before the first convergence test."""
+    patience: int = 4
+    """A sequence whose residual has set no new low for so many evaluations is stopped: bf16 cannot go below its rounding, and
+    an untrained map may not contract. It counts as not converged."""
     stop: Literal["norm", "max_token"] = "norm"
     """Residual that decides: of the whole sequence, or its worst token's."""
     compaction: bool = True
@@ -145,6 +148,7 @@ class SolverConfig:
             1 <= self.min_iterations <= self.max_iterations,
             f"solver.min_iterations={self.min_iterations} must be at least 1 and at most solver.max_iterations={self.max_iterations}.",
         )
+        _require(self.patience >= 1, f"solver.patience must be at least 1, not {self.patience}; max_iterations or more never stops a stall.")
         _require(self.history >= 1, f"solver.history must be at least 1, not {self.history}; method=picard uses none.")
         _require(0 < self.damping <= 1, f"solver.damping must lie in (0, 1], not {self.damping}.")
 

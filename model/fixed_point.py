@@ -14,7 +14,9 @@ solve of n evaluations of a plain iteration returns f^n(start). With a fixed cou
 adaptive stopping there is one read an iteration. State, residuals and mixing are at least fp32, whatever f computes in.
 
 Contained, per token or sequence: an Anderson step that is not finite, or that follows a step which raised the residual, is
-replaced by the plain one and counted. A sequence that never converges returns the value with its smallest residual.
+replaced by the plain one and counted. A sequence that does not converge, because it ran out of iterations or because its
+residual set no new low for `patience` evaluations (a map that rounds to bf16 bottoms out near 1e-3), returns the value with
+its smallest residual.
 
 Shapes: y [b, s, w]; b sequences are independent of each other.
 """
@@ -170,7 +172,8 @@ def _solve_fixed(f: Map, y: Tensor, config: SolverConfig) -> Solution:
 def _solve_adaptive(f: Map, y: Tensor, config: SolverConfig, restrict: Callable[[Tensor], Map] | None) -> Solution:
     batch, device, mixer = y.shape[0], y.device, _Mixer(config)
     best, state = [float("inf")] * batch, y.clone()
-    iterations, converged = [0] * batch, [False] * batch
+    iterations, lows = [0] * batch, [0] * batch  # evaluations taken, and taken when the residual was lowest
+    converged, stopped = [False] * batch, [False] * batch
     active = list(range(batch))  # sequences still being evaluated, in the order of y's rows
     evaluations = 0
     for iteration in range(1, config.max_iterations + 1):
@@ -179,18 +182,20 @@ def _solve_adaptive(f: Map, y: Tensor, config: SolverConfig, restrict: Callable[
         residuals = relative_residual(change, y, config.stop).tolist()  # the one read of the iteration
         improved = []
         for row, (sequence, residual) in enumerate(zip(active, residuals, strict=True)):
-            if converged[sequence]:
+            if stopped[sequence]:
                 continue
             iterations[sequence] = iteration
             if residual < best[sequence]:
-                best[sequence] = residual
+                best[sequence], lows[sequence] = residual, iteration
                 improved.append(row)
-            converged[sequence] = residual < config.tolerance and iteration >= config.min_iterations
+            if iteration >= config.min_iterations:
+                converged[sequence] = residual < config.tolerance
+                stopped[sequence] = converged[sequence] or iteration - lows[sequence] >= config.patience
         if len(improved) == batch:
             state = value
         elif improved:
             state = state.index_copy(0, _index([active[row] for row in improved], device), value[_index(improved, device)])
-        remaining = [row for row, sequence in enumerate(active) if not converged[sequence]]
+        remaining = [row for row, sequence in enumerate(active) if not stopped[sequence]]
         if not remaining or iteration == config.max_iterations:
             break
         y = mixer.next(y, value, change)

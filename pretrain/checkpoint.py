@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from pretrain import checkpoint_files as files
 from pretrain import durable
@@ -44,16 +47,19 @@ class Resumed(NamedTuple):
 # --- saving
 
 
-def save(engine: Any, folder: Path, step: int, state: TrainingState, *, keep: int) -> Path:
+def save(
+    engine: Any, folder: Path, step: int, state: TrainingState, *, keep: int, weights: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> Path:
     """Writes checkpoint `step` of a DeepSpeed engine into `folder`, moves `latest` to it and keeps the `keep` newest. All ranks call it.
 
+    weights: on rank 0, further safetensors files by name, each tensors by name: whole weights that are read without an engine.
     Returns the checkpoint's folder. Raises RunStopped (code 5) on every rank when any rank could not write; then nothing is left of
     this checkpoint and the one before is untouched. An error that is not the disk's is raised as it is, where it happened.
     """
     attempt = _Attempt(folder, step)
     attempt.part(lambda: files.start_partial(folder, step), only_rank_0=True)
     partial = files.partial_folder(folder, step)
-    written = attempt.part(lambda: _write_engine(engine, folder, partial.name) + _write_state(partial, state))
+    written = attempt.part(lambda: _write_engine(engine, folder, partial.name) + _write_state(partial, state, weights or {}))
     entries = attempt.part(lambda: [files.describe(path, rank()) for path in written])
     manifest = CheckpointManifest(step, layout_of(engine), _versions(), [entry for part in gather(entries) for entry in part])
     attempt.part(lambda: files.write_manifest(partial, manifest), only_rank_0=True)
@@ -115,14 +121,24 @@ def _write_engine(engine: Any, folder: Path, tag: str) -> list[Path]:
     return writer.written
 
 
-def _write_state(partial: Path, state: TrainingState) -> list[Path]:
+def _write_state(partial: Path, state: TrainingState, weights: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
     """This rank's files of everything else."""
     texts = {_random_file(): capture_random_states()}
     if rank() == 0:
         texts[STATE] = state.to_json()
+        for name, tensors in weights.items():
+            _write_safetensors(partial / name, tensors)
     for name, text in texts.items():
         durable.write_text(partial / name, text)
-    return [partial / name for name in texts]
+    return [partial / name for name in (*texts, *(weights if rank() == 0 else ()))]
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # the disk's refusal, in the library's own class
+        raise OSError(f"{path.name}: {error}") from error
+    durable.fsync_file(path)
 
 
 def _durable_engine(engine: Any) -> DurableCheckpointEngine:
@@ -167,11 +183,10 @@ def load_latest(engine: Any, folder: Path, *, config: Mapping[str, Any]) -> Resu
     notes: list[str] = []
     if rank() == 0:
         notes += _leftover_notes(folder)
-    names, pointer = gather((files.checkpoints(folder), files.read_pointer(folder)))[0]
-    manifest = _choose(folder, names, pointer, notes)
-    if rank() == 0:
-        for note in notes:
-            logger.warning(note)
+    manifest = _choose(folder, notes)
+    if manifest is None:
+        notes.append(f"{folder} holds no checkpoint yet: the run begins at its first step.")
+    _log(notes)
     if manifest is None:
         return None
     chosen = folder / files.step_name(manifest.step)
@@ -181,6 +196,27 @@ def load_latest(engine: Any, folder: Path, *, config: Mapping[str, Any]) -> Resu
     _load_engine(engine, chosen)
     restore_random_states((chosen / _random_file()).read_text())
     return Resumed(state, manifest.step, notes)
+
+
+def newest_whole(folder: Path) -> Path:
+    """The checkpoint `load_latest` would take, for commands that only read: nothing in the folder is touched, a run may be writing there.
+
+    Raises Refusal when there is none, or none that is whole.
+    """
+    notes: list[str] = []
+    manifest = _choose(folder, notes)
+    _log(notes)
+    if manifest is None:
+        raise Refusal(
+            f"There is no checkpoint in {folder} yet. Wait until the run has saved one (checkpoint.every steps), or check the path."
+        )
+    return folder / files.step_name(manifest.step)
+
+
+def _log(notes: list[str]) -> None:
+    if rank() == 0:
+        for note in notes:
+            logger.warning(note)
 
 
 def _leftover_notes(folder: Path) -> list[str]:
@@ -195,10 +231,10 @@ def _leftover_notes(folder: Path) -> list[str]:
     return notes
 
 
-def _choose(folder: Path, names: list[str], pointer: str | None, notes: list[str]) -> CheckpointManifest | None:
-    """The manifest of the first whole checkpoint: the one `latest` names, then the others from the newest down."""
+def _choose(folder: Path, notes: list[str]) -> CheckpointManifest | None:
+    """The manifest of the first whole checkpoint: the one `latest` names, then the others from the newest down. Adds to `notes`."""
+    names, pointer = gather((files.checkpoints(folder), files.read_pointer(folder)))[0]
     if not names:
-        notes.append(f"{folder} holds no checkpoint yet: the run begins at its first step.")
         return None
     order = names
     if pointer not in names:

@@ -37,9 +37,18 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
+def fsync_file(path: Path) -> None:
+    """Makes what another library wrote there durable."""
+    _fsync(path, os.O_RDONLY)
+
+
 def fsync_folder(folder: Path) -> None:
     """Makes the names in `folder` (created, renamed, removed) durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _fsync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -52,6 +52,7 @@ class TrainSection(Section):
     tokens: Positive
     """Token budget of the whole run. Steps = floor(tokens / (global_batch * sequence_length))."""
     seed: int = Field(default=0, ge=0)
+    """Of initial weights, data order and noise."""
     micro_batch: Positive = 8
     """Sequences a rank takes through one forward and backward."""
     global_batch: Positive = 256
@@ -69,6 +70,7 @@ class TrainSection(Section):
     peak_flops: Annotated[float, Field(gt=0)] | None = None
     """Peak FLOP/s of one device, for MFU; null looks common GPUs up."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
     hang_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds a collective may wait for the other ranks."""
 
@@ -79,11 +81,15 @@ class OptimizerSection(Section):
     lr: Annotated[float, Field(gt=0)] = 8e-3
     """AdamW's learning rate."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.8, 0.95]
+    """AdamW's decay of the first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-10
+    """AdamW's, beside the root of the second moment."""
     weight_decay: NonNegative = 0.0
     """AdamW's decay of backbone matrices; embeddings, norms and gates never decay."""
     muon_lr: Annotated[float, Field(gt=0)] = 8e-3
+    """Muon's learning rate."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Nesterov momentum of Muon."""
     muon_steps: Positive = 5
     """Newton-Schulz iterations."""
     muon_weight_decay: NonNegative = 0.2
@@ -91,6 +97,7 @@ class OptimizerSection(Section):
     attractor_lr_scale: Annotated[float, Field(gt=0)] = 1.0
     """The attractor's learning rate over `lr`; the attractor is always on AdamW."""
     attractor_weight_decay: NonNegative = 0.0
+    """AdamW's decay of the attractor's matrices."""
     embedding_lr_scale: Annotated[float, Field(gt=0)] = 1.0
     """The embeddings' learning rate over `lr`."""
     clip: NonNegative = 1.0
@@ -101,6 +108,7 @@ class OptimizerSection(Section):
 
 class ScheduleSection(Section):
     shape: Literal["trapezoid", "cosine", "constant"] = "trapezoid"
+    """Of the learning rate over the token budget, after the warm-up."""
     warmup: Fraction = 0.0
     """Share of the tokens over which the rate rises linearly from 0."""
     decay: Fraction = 0.5
@@ -111,7 +119,9 @@ class ScheduleSection(Section):
 
 class LayoutSection(Section):
     tensor: Positive = 1
+    """Ranks that share each matrix; only 1 is available yet."""
     pipeline: Positive = 1
+    """Stages that share the blocks; only 1 is available yet."""
     zero: int = Field(default=1, ge=0, le=3)
     """ZeRO stage: 0 shards nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
 
@@ -134,5 +144,8 @@ class EvaluationSection(Section):
 
 class TelemetrySection(Section):
     tensorboard: bool = False
+    """Mirror metrics.jsonl to TensorBoard files in the run folder."""
     wandb: Literal["off", "offline", "online"] = "off"
+    """Mirror metrics.jsonl to Weights & Biases; a failure there never ends a run."""
     project: str = "attractor"
+    """Its project in Weights & Biases."""

@@ -50,7 +50,9 @@ def test_rooms_import_one_way(room: str) -> None:
 
 def test_model_needs_torch_and_the_standard_library_alone() -> None:
     allowed = {"torch", "model", *sys.stdlib_module_names}
-    assert not [f"{file.name}:{line} imports {module}" for file in files("model") for line, module in imports(file) if module not in allowed]
+    assert not [
+        f"{file.name}:{line} imports {module}" for file in files("model") for line, module in imports(file) if module not in allowed
+    ]
 
 
 @pytest.mark.parametrize("room", ["model", "data_pipeline", "launchers"])

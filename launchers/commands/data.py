@@ -76,7 +76,7 @@ def prepare(
     def compute() -> dict[str, Any]:
         from data_pipeline.prepare import prepare as run
 
-        with _progress() as report:
+        with preparing() as report:
             manifest = run(
                 sources,
                 out,
@@ -117,7 +117,7 @@ def stats(folder: Folder, as_json: AsJson = False) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Report]:
+def preparing() -> Iterator[Report]:
     """A bar on standard error that follows the stages of a preparation; where there is no terminal, nothing."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counts]}"), TimeRemainingColumn())
     bar = Progress(*columns, console=error_console(), disable=not error_console().is_terminal)
@@ -137,7 +137,7 @@ def _show_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     _title(str(folder), manifest)
     _splits(manifest["splits"])
     _skipped(manifest["skipped"])
-    console().print(f"Next: attractor data stats {folder}, or a run with data.path={folder}", highlight=False, markup=False)
+    console().print(f"Next: attractor data stats {folder}, or a run with data.path={folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_verified(report: dict[str, Any]) -> None:
@@ -146,6 +146,7 @@ def _show_verified(report: dict[str, Any]) -> None:
         f"{report['tokens']:,} tokens in {', '.join(report['splits'])}.",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
 
 
@@ -168,6 +169,7 @@ def _title(folder: str, found: dict[str, Any]) -> None:
         f"[bold]{escape(folder)}[/]: sequence length {found['sequence_length']}, vocabulary {found['vocabulary_size']}, "
         f"tokenizer {found['tokenizer_fingerprint'][:12]}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -189,4 +191,4 @@ def _splits(splits: dict[str, dict[str, Any]]) -> None:
 
 def _skipped(skipped: dict[str, int]) -> None:
     for reason, count in skipped.items():
-        console().print(f"skipped {count:,}: {reason}", style="yellow", highlight=False, markup=False)
+        console().print(f"skipped {count:,}: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)

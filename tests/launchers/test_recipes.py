@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
-import model
 from model.cost import count_parameters
-from pretrain.config import Recipe, load_recipe, recipe_names
+from model.language_model import build
+from pretrain.config import KEYS, Recipe, load_recipe, recipe_names
 
 VOCABULARY = 32768
 
@@ -31,7 +35,7 @@ BY_HAND = {
 def built(name: str) -> tuple[Recipe, int]:
     """The recipe and the parameters of its model, built on the meta device (shared ones counted once)."""
     recipe = load_recipe(name)
-    network = model.build(recipe.architecture, device="meta")
+    network = build(recipe.architecture, device="meta")
     return recipe, sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -90,3 +94,20 @@ def test_published_settings_are_kept(name: str) -> None:
     assert recipe.model.value_embeddings == name.startswith("transformer")
     assert (recipe.schedule.shape, recipe.schedule.warmup, recipe.schedule.decay, recipe.schedule.final) == ("trapezoid", 0, 0.5, 0)
     assert (recipe.optimizer.name, recipe.optimizer.betas, recipe.optimizer.eps) == ("muon", [0.8, 0.95], 1e-10)
+
+
+def test_the_page_lists_every_key_with_its_default_and_meaning() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    page = page.partition("## Every key")[2]
+    rows = {key: default for key, default in re.findall(r"^\| `(\w+\.\w+)` \| (.*?) \| .+ \|$", page, re.MULTILINE)}
+    assert list(rows) == list(KEYS)
+    sections = Recipe.model_validate_json('{"train": {"tokens": 1000000}}').model_dump(mode="json")
+    for key in KEYS:
+        section, _, name = key.partition(".")
+        if key not in ("train.tokens", "run.name", "run.dir"):
+            assert rows[key] == json.dumps(sections[section][name]).replace('"', ""), key
+
+
+def test_the_page_names_every_recipe() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert not [name for name in recipe_names() if name not in page]

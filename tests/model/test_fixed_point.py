@@ -251,15 +251,44 @@ def test_the_best_iterate_is_returned_when_nothing_converges(compaction: bool) -
     assert not bool(solution.converged.any())
 
 
+@pytest.mark.parametrize("compaction", [False, True])
+@pytest.mark.parametrize("patience", [1, 3, 50])
+def test_a_stalled_sequence_is_stopped_and_the_others_go_on(compaction: bool, patience: int) -> None:
+    # sequence 0 changes by 1, 0.1 and then 0.2 of itself for ever; sequence 1 shrinks its residual tenfold each time
+    stalled = [1.0, 0.1] + [0.2] * 60
+    calls = 0
+
+    def on(rows: list[int]) -> Callable[[Tensor], Tensor]:
+        def f(y: Tensor) -> Tensor:
+            nonlocal calls
+            rates = torch.tensor([[stalled[calls], 10.0 ** -(calls + 1)][row] for row in rows], dtype=torch.float64)
+            calls += 1
+            return y + rates[:, None, None] * y
+
+        return f
+
+    config = SolverConfig(method="picard", tolerance=1e-9, max_iterations=20, patience=patience, compaction=compaction)
+    start = normal(1)[:2]
+    solution = solve(on([0, 1]), start, config, lambda rows: on(rows.tolist()))
+    assert solution.converged.tolist() == [False, True]
+    assert solution.iterations.tolist() == [min(2 + patience, 20), 10]
+    assert float(solution.residual[0]) == pytest.approx(0.1)
+    torch.testing.assert_close(solution.state[0], start[0] * 2 * 1.1)  # the value whose residual was lowest
+
+
 def test_fallbacks_are_not_counted_for_sequences_that_are_done() -> None:
     # after convergence the residual wobbles at the rounding level: that is no event worth a line in a log
-    f, restrict = by_sequence([0.1, 0.97])
-    start = normal(3)[:2]
-    with_compaction, without = (
-        solve(f, start, SolverConfig(history=1, tolerance=1e-12, max_iterations=60, compaction=compaction), restrict)
-        for compaction in (True, False)
-    )
-    assert int(with_compaction.fallbacks) == int(without.fallbacks)
+    rates = torch.tensor([0.1, 0.9], dtype=torch.float64)[:, None, None]
+
+    def restrict(rows: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda y: rates[rows] * y + 1 + 1e-9 * torch.sin(1e9 * y)
+
+    config = SolverConfig(history=1, tolerance=1e-7, max_iterations=60, min_iterations=1)
+    start = normal(3)[:2] + torch.linspace(0, 1, 2)[:, None, None]
+    counts = [
+        int(solve(restrict(torch.arange(2)), start, replace(config, compaction=compaction), restrict).fallbacks) for compaction in (True, False)
+    ]
+    assert counts[0] == counts[1]
 
 
 # ---- compaction

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import select
 import shutil
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,11 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from pretrain import agreement, durable
 from pretrain import checkpoint_files as files
-from pretrain.checkpoint import Resumed, layout_of, load_latest, save
+from pretrain.checkpoint import Resumed, layout_of, load_latest, newest_whole, save
 from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
 from pretrain.signals import StopRequest
 from pretrain.training_state import TrainingState
@@ -169,6 +172,26 @@ def test_a_step_saved_twice_is_replaced(engine: Any, saved: Path) -> None:
     assert not (saved / "step-00000020" / "mark").exists()
     assert load(engine, saved).step == 20
     assert files.leftovers(saved) == []
+
+
+def test_whole_weights_travel_with_it(engine: Any, saved: Path) -> None:
+    weights = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    path = save(engine, saved, 30, state_at(30), keep=3, weights={"weights.safetensors": weights})
+    assert newest_whole(saved) == path
+    read = load_file(path / "weights.safetensors")
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+    _flip(path / "weights.safetensors")
+    assert newest_whole(saved).name == "step-00000020"
+
+
+def test_readers_touch_nothing_and_say_when_there_is_none(saved: Path, tmp_path: Path) -> None:
+    (saved / "step-00000020").rename(saved / ".step-00000020.replaced")
+    before = sorted(path.name for path in saved.iterdir())
+    assert newest_whole(saved).name == "step-00000010"
+    assert sorted(path.name for path in saved.iterdir()) == before
+    with pytest.raises(Refusal, match="no checkpoint in .* yet"):
+        newest_whole(tmp_path / "elsewhere")
 
 
 # --- damage
@@ -343,17 +366,20 @@ class _Durably:
                 _halve(path)
                 raise self.error
 
-        def before(operation: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*arguments: Any, **named: Any) -> Any:
-                if self._due():
-                    raise self.error
-                return operation(*arguments, **named)
+        def no_rename(path: Path, target: Path) -> Path:
+            if self._due():
+                raise self.error
+            return rename(path, target)
 
-            return wrapped
+        def half_removal(path: Path) -> None:
+            if self._due():
+                next(path.iterdir()).unlink()
+                raise self.error
+            rmtree(path)
 
         patch.setattr(durable, "write", half_write)
-        patch.setattr(Path, "rename", before(rename))
-        patch.setattr(shutil, "rmtree", before(rmtree))
+        patch.setattr(Path, "rename", no_rename)
+        patch.setattr(shutil, "rmtree", half_removal)
 
     def _due(self) -> bool:
         self.count += 1
@@ -439,10 +465,57 @@ def _raise_full(path: Path, writer: Callable[[Any], object]) -> None:
     raise _full()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_torch_save_does_not_hide_a_full_disk() -> None:
-    with pytest.raises(OSError, match="No space left on device"):
-        durable.write(Path("/dev/full"), lambda file: torch.save(torch.zeros(100_000), file))
+@contextmanager
+def _files_of_at_most(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_torch_save_does_not_hide_what_the_disk_said(tmp_path: Path) -> None:
+    with _files_of_at_most(100_000), pytest.raises(OSError, match="File too large"):
+        durable.write(tmp_path / "file.pt", lambda file: torch.save(torch.zeros(1_000_000), file))
+
+
+def test_safetensors_that_do_not_fit_stop_the_run_too(engine: Any, saved: Path) -> None:
+    weights = {"weights.safetensors": {"matrix": torch.zeros(1_000_000)}}
+    with _files_of_at_most(100_000), pytest.raises(RunStopped, match=r"weights.safetensors.*step-00000020 is untouched"):
+        save(engine, saved, 30, state_at(30), keep=3, weights=weights)
+    assert load(engine, saved).step == 20
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(engine: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def checked_rename(path: Path, target: Path) -> Path:
+        parts = [path, *path.iterdir()] if path.suffix == ".partial" and path.is_dir() else [path]
+        if path.suffix == ".partial":
+            assert {str(part) for part in parts} <= set(synced)
+        synced.append(f"{path.name} -> {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", checked_rename)
+    save(engine, saved, 30, state_at(30), keep=1)
+    folder, pointer, removal = (
+        synced.index(text)
+        for text in (
+            ".step-00000030.partial -> step-00000030",
+            ".latest.partial -> latest",
+            "step-00000020 -> .step-00000020.removed",
+        )
+    )
+    assert folder < pointer < removal
+    assert str(saved) in synced[folder:pointer]
+    assert str(saved) in synced[pointer:removal]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -522,7 +595,8 @@ def test_kill_9_while_saving(engine: Any, tmp_path: Path) -> None:
 def on_two_ranks(folder: str) -> dict[str, Any]:
     """What each of two ranks sees of saves and loads that go well or fail on one of them."""
     checkpoints, one_rank = Path(folder) / "two", Path(folder) / "one"
-    engine, rank, seen = make_engine(zero=1), agreement.rank(), {}
+    engine, rank = make_engine(zero=1), agreement.rank()
+    seen: dict[str, Any] = {}
     torch.manual_seed(rank)
     advance(engine, 2)
     for step in (1, 2):

@@ -70,8 +70,9 @@ def test_an_empty_folder_will_do(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     started(tmp_path).close()
-    program = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", program, tmp_path / ".lock"], stdout=subprocess.PIPE) as other:
+    program = "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint('held', flush=True)\ninput()"
+    other = subprocess.Popen([sys.executable, "-c", program, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(Refusal, match="Another process is writing"):
@@ -83,7 +84,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
 def test_a_lock_of_ours_is_seen_by_others(tmp_path: Path) -> None:
     folder = started(tmp_path)
     program = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    other = [sys.executable, "-c", program, tmp_path / ".lock"]
+    other = [sys.executable, "-c", program, str(tmp_path / ".lock")]
     assert subprocess.run(other, capture_output=True, check=False).returncode != 0
     folder.close()
     assert subprocess.run(other, capture_output=True, check=False).returncode == 0
