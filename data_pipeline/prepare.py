@@ -72,7 +72,7 @@ def prepare(
         if held_out is not None:
             readings.append(writer.write(held_out, encoder, lambda _: VALIDATION, report))
         splits = writer.finish()
-        _check_splits(splits, fraction, readings, [corpus, held_out or corpus])
+        _check_splits(splits, fraction, list(zip([corpus, held_out or corpus], readings, strict=False)))
         manifest = Manifest(
             sequence_length=sequence_length,
             vocabulary_size=count,
@@ -116,23 +116,28 @@ def _check(out: Path, tokenizer: str | Path | None, vocabulary_size: int | None,
         raise Refusal(f"--sequence-length {sequence_length} is not a length. Give a positive number of tokens.")
 
 
-def _check_splits(splits: Collection[str], fraction: float, readings: list[Reading], corpora: list[Corpus]) -> None:
-    """Refuse a corpus that had no document, or a validation split that got none."""
-    for reading, corpus, name in zip(readings, corpora, (TRAIN, VALIDATION), strict=False):
-        if name not in splits and not (fraction and splits):
-            raise _empty(corpus, reading)
-    if fraction and len(splits) < 2:
+def _check_splits(splits: Collection[str], fraction: float, readings: list[tuple[Corpus, Reading]]) -> None:
+    """Refuse a corpus that had no document, or a fraction that held none out."""
+    for name, (corpus, reading) in zip((TRAIN, VALIDATION), readings, strict=False):
+        if name not in splits:
+            raise _empty(corpus, reading, fraction)
+    if fraction and VALIDATION not in splits:
         raise Refusal(
-            f"All documents went to one split: {fraction:g} of {', '.join(source.name for source in corpora[0].sources[:3])} is not one "
-            "document and a "
-            "rest. Give --validation a larger fraction, a source of its own, or 0 for none."
+            f"No document was held out for validation: {fraction:g} of {_names(readings[0][0])} is less than one document. "
+            "Give --validation a larger fraction, a source of its own, or 0 for none."
         )
 
 
-def _empty(corpus: Corpus, reading: Reading) -> Refusal:
-    names = ", ".join(source.name for source in corpus.sources[:5]) + (" ..." if len(corpus.sources) > 5 else "")
+def _names(corpus: Corpus) -> str:
+    return ", ".join(source.name for source in corpus.sources[:5]) + (" ..." if len(corpus.sources) > 5 else "")
+
+
+def _empty(corpus: Corpus, reading: Reading, fraction: float) -> Refusal:
     skipped = "; ".join(f"{count} skipped for {reason} (first: {reading.first[reason]})" for reason, count in reading.skipped.items())
-    return Refusal(f"There is no document to learn from in {names}{f': {skipped}' if skipped else ''}. Give sources that hold UTF-8 text.")
+    held_out = f", or a --validation below {fraction:g}, which may have held out all" if fraction else ""
+    return Refusal(
+        f"There is no document to learn from in {_names(corpus)}{f': {skipped}' if skipped else ''}. Give sources that hold UTF-8 text{held_out}."
+    )
 
 
 def in_validation(text: str, fraction: float) -> bool:
@@ -155,7 +160,7 @@ def _trained(corpus: Corpus, fraction: float, vocabulary_size: int, report: Repo
 
     trained = train_tokenizer(texts(), vocabulary_size)
     if not documents:
-        raise _empty(corpus, reading)
+        raise _empty(corpus, reading, fraction)
     return trained.to_str(pretty=True)
 
 

@@ -112,9 +112,13 @@ class RunFolder:
             records.truncate_after(step)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Replaces summary.json, whole or not at all."""
-        if self.writes:
+        """Replaces summary.json, whole or not at all. A disk that refuses is logged: it says nothing that the record does not."""
+        if not self.writes:
+            return
+        try:
             durable.write_atomically(self.path / SUMMARY, dump(summary, indent=1) + "\n")
+        except OSError as error:  # often a run is ending because of this very disk: its own reason must come through
+            logger.warning("%s could not be written: %s", self.path / SUMMARY, error.strerror)
 
     def close(self) -> None:
         """Ends the hold on the folder."""

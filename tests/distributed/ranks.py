@@ -55,7 +55,7 @@ def run_ranks(target: str, ranks: int, *arguments: Any, timeout: float = 240) ->
                     subprocess.Popen(command, cwd=ROOT, env=rank_environment(rank, ranks, port), stdout=log, stderr=subprocess.STDOUT)
                 )
         try:
-            codes = [process.wait(timeout=timeout) for process in processes]
+            codes: list[int | None] = [process.wait(timeout=timeout) for process in processes]
         except subprocess.TimeoutExpired:
             codes = [process.poll() for process in processes]
         finally:
@@ -74,8 +74,9 @@ def _main() -> None:
     dist.init_process_group("gloo")
     value = getattr(importlib.import_module(module), function)(*json.loads(arguments))
     Path(result).write_text(json.dumps(value))
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a target that trains ends the group itself
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

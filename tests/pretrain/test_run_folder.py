@@ -150,6 +150,21 @@ def test_summary_is_replaced_whole(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": None}
 
 
+def test_a_summary_that_cannot_be_written_hides_no_other_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = started(tmp_path)
+    folder.write_summary({"loss": 2.0})
+
+    def full(path: Path, writer: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "write", full)
+    folder.write_summary({"loss": 3.0})
+    assert "No space left on device" in caplog.text
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": 2.0}
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, writes=False, lock=None)
     folder.begin("", [])
