@@ -136,7 +136,8 @@ def _empty(corpus: Corpus, reading: Reading, fraction: float) -> Refusal:
     skipped = "; ".join(f"{count} skipped for {reason} (first: {reading.first[reason]})" for reason, count in reading.skipped.items())
     held_out = f", or a --validation below {fraction:g}, which may have held out all" if fraction else ""
     return Refusal(
-        f"There is no document to learn from in {_names(corpus)}{f': {skipped}' if skipped else ''}. Give sources that hold UTF-8 text{held_out}."
+        f"There is no document to learn from in {_names(corpus)}{f': {skipped}' if skipped else ''}. "
+        f"Give sources that hold UTF-8 text{held_out}."
     )
 
 

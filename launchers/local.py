@@ -27,7 +27,7 @@ INTERRUPTED = 130
 _POLL = 0.05
 _GRACE = 5.0
 """Seconds from SIGTERM to SIGKILL."""
-_AGREED = {SIGNALLED: 60.0, NON_FINITE: 60.0, BAD_CHECKPOINT_WRITE: 60.0}
+_AGREED = dict.fromkeys((SIGNALLED, NON_FINITE, BAD_CHECKPOINT_WRITE), 30.0)
 """Seconds the other ranks get after a rank stopped on purpose, before SIGTERM."""
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1

@@ -23,7 +23,7 @@ from torch import Tensor
 from data_pipeline import Batch, ValidationLoader
 from model.loss import IGNORE
 from model.refine import Depth
-from pretrain.agreement import rank, world_size
+from pretrain.agreement import world_size
 from pretrain.config import Recipe
 from pretrain.step import to_device
 
@@ -82,23 +82,25 @@ def _report(totals: dict[str, float], depths: list[str]) -> dict[str, Any]:
     return report
 
 
-def validation_loader(recipe: Recipe, *, ranks: int | None = None) -> ValidationLoader:
-    """The validation split of the recipe's first set, shared out over the data ranks."""
+def validation_loader(recipe: Recipe, data_rank: int, data_ranks: int, limit_tokens: int | None) -> ValidationLoader:
+    """The validation split of the recipe's first set, shared out over the data ranks; all of it where there is no limit."""
     return ValidationLoader(
         recipe.sources[0][0],
         sequence_length=recipe.data.sequence_length,
         micro_batch=recipe.train.micro_batch,
-        data_rank=rank() if ranks is None else 0,
-        data_ranks=world_size() if ranks is None else ranks,
-        limit_tokens=recipe.evaluation.tokens,
+        data_rank=data_rank,
+        data_ranks=data_ranks,
+        limit_tokens=limit_tokens,
         cache=recipe.data.cache,
+        vocabulary_limit=recipe.model.vocabulary_size,
     )
 
 
 def evaluate_run(
     run: Path, iterations: Sequence[Depth] | None = None, *, progress: Callable[[float], None] | None = None
 ) -> dict[str, Any]:
-    """Evaluates the newest whole checkpoint of a run folder in this process, at the depths given or the recipe's own.
+    """Evaluates the newest whole checkpoint of a run folder in this process, at the depths given or the recipe's own, on the whole
+    validation split (evaluation.tokens bounds only what is evaluated during training).
 
     Raises Refusal for a folder without a run or a whole checkpoint.
     """
@@ -106,7 +108,7 @@ def evaluate_run(
 
     loaded = load_run(run)
     recipe, device = loaded.recipe, loaded.device
-    loader = validation_loader(recipe, ranks=1)
+    loader = validation_loader(recipe, 0, 1, None)
     batches: Iterable[Batch] = loader
     if progress is not None:
         batches = _told(loader, len(loader), progress)

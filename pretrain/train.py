@@ -64,23 +64,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(parsed.recipe, parsed.overrides, parsed.resume, parsed.local_rank)
     except Refusal as refusal:
-        return _close(f"error: {refusal}", 2)
+        _say_refusal(str(refusal))
+        return 2
     except RunStopped as stopped:
-        return _close(str(stopped), stopped.code)
+        if os.environ.get("RANK", "0") == "0":  # all ranks agreed to stop, or rank 0 alone could not write
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.code
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def _close(message: str, code: int) -> int:
-    """Says why this rank ends; ranks other than 0 only if they are still there after rank 0 had time to."""
+def _say_refusal(message: str) -> None:
+    """Says why this rank ends. A rank other than 0 speaks only if it is still there after rank 0 had time to: its fault may be its own."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_OTHERS_WAIT)
-        message = f"rank {rank}: {message}"
-    print(message, file=sys.stderr, flush=True)
-    return code
+    print(f"rank {rank}: error: {message}" if rank else f"error: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

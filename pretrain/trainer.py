@@ -235,11 +235,12 @@ class _Run:
             self.progress.note(f"step {self.step}: gradients were not finite; the step was skipped ({self.skipped} so far)")
 
     def _evaluate(self) -> None:
+        from pretrain.agreement import rank, world_size
         from pretrain.ema import averaged_weights
         from pretrain.evaluate import evaluate, validation_loader
 
         def run() -> dict[str, Any]:
-            loader = validation_loader(self.recipe)
+            loader = validation_loader(self.recipe, rank(), world_size(), self.recipe.evaluation.tokens)
             depths, mask = self.recipe.evaluation.iterations, self.recipe.data.mask_documents
             return evaluate(self.engine, loader, depths, self.device, mask_documents=mask)
 

@@ -20,9 +20,11 @@ from pretrain import checkpoint_files as files
 from pretrain.agreement import rank
 from pretrain.checkpoint import newest_whole
 from pretrain.config import Recipe
+from pretrain.ema import averaged_weights
 from pretrain.errors import Refusal
 from pretrain.run_folder import CHECKPOINTS, CONFIG
 from pretrain.runtime import device_of
+from pretrain.zero import client_optimizer
 
 WEIGHTS, AVERAGE = "weights.safetensors", "average.safetensors"
 
@@ -35,6 +37,15 @@ def gather_weights(engine: Any) -> dict[str, Tensor]:
             if rank() == 0:
                 weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
     return weights
+
+
+def weight_files(engine: Any) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds besides DeepSpeed's state, by file name: the weights, and their average where one is kept."""
+    files_of_rank_0 = {WEIGHTS: gather_weights(engine)}
+    if client_optimizer(engine).ema is not None:
+        with averaged_weights(engine):
+            files_of_rank_0[AVERAGE] = gather_weights(engine)
+    return files_of_rank_0 if rank() == 0 else {}
 
 
 @dataclass(frozen=True)

@@ -112,12 +112,14 @@ def _texts(sources: list[str], limit: int) -> Iterator[str]:
 
 
 def _show(title: str, rows: list[Row]) -> None:
-    """One table of rows that have the same keys; names say the unit (seconds, bytes, per_second)."""
+    """A column for each row of the result, headed by its first value; the names say the unit (seconds, bytes, per second)."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right", overflow="fold")
+    first, *names = rows[0]
+    table.add_column(first)
     for row in rows:
-        table.add_row(*(_cell(name, value) for name, value in row.items()))
+        table.add_column(str(row[first]), justify="right")
+    for name in names:
+        table.add_row(name.replace("_", " "), *(_cell(name, row.get(name)) for row in rows))
     console().print(table)
 
 
@@ -127,5 +129,5 @@ def _cell(name: str, value: Any) -> str:
     if name.endswith("bytes"):
         return size(value)
     if name.endswith("seconds"):
-        return f"{value:.3g} s"
+        return f"{value:.4f}"
     return si(value) if abs(value) >= 1000 else f"{value:.3g}"

@@ -12,7 +12,7 @@ import data_pipeline
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    heavy = "torch streaming tokenizers datasets pyarrow transformers".split()
+    heavy = ["torch", "streaming", "tokenizers", "datasets", "pyarrow", "transformers"]
     code = f"import sys, data_pipeline, data_pipeline.bench; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

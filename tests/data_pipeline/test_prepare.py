@@ -189,7 +189,7 @@ def test_a_full_disk_is_refused_and_leaves_nothing(source: Path, prepared: Path,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("data_pipeline.writing.ShardWriter.write", full)
-    with pytest.raises(Refusal, match="disk of .* is full"):
+    with pytest.raises(Refusal, match=r"disk of .* is full"):
         prepare([str(source)], tmp_path / "set", tokenizer=prepared, sequence_length=32, validation=0)
     assert list(tmp_path.iterdir()) == []
 

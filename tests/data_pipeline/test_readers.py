@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import reading as accounts
 from data_pipeline import readers
+from data_pipeline import reading as accounts
 from data_pipeline.errors import Refusal
 from data_pipeline.readers import reader_of
 from data_pipeline.reading import Document, Reading, cut, pieces
@@ -60,7 +60,7 @@ def test_jsonl_plain_and_compressed(tmp_path: Path, suffix: str, write: Callable
 @pytest.mark.parametrize(("suffix", "write"), KINDS)
 def test_txt_plain_and_compressed(tmp_path: Path, suffix: str, write: Callable[[Path, bytes], None]) -> None:
     path = tmp_path / f"a.txt{suffix}"
-    write(path, "first\nline\n<|endoftext|>\nsecond <|endoftext|> not alone\n<|endoftext|>\r\nthird".encode())
+    write(path, b"first\nline\n<|endoftext|>\nsecond <|endoftext|> not alone\n<|endoftext|>\r\nthird")
     documents, reading = read(path)
     assert [document.text for document in documents] == ["first\nline\n", "second <|endoftext|> not alone\n", "third"]
     assert not reading.skipped

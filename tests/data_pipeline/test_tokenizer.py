@@ -59,7 +59,7 @@ def test_ids_take_the_smallest_type(count: int, dtype: str) -> None:
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(Refusal, match="is not a tokenizer.json"):
+    with pytest.raises(Refusal, match=r"is not a tokenizer\.json"):
         open_tokenizer(tmp_path / "bad.json")
     with pytest.raises(Refusal, match="cannot be read"):
         open_tokenizer(tmp_path / "missing.json")

@@ -71,7 +71,10 @@ def test_refusals_exit_with_2(trainer: Trainer, capsys: pytest.CaptureFixture[st
 def test_stopped_runs_exit_with_their_code(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
     trainer.error = RunStopped("Ten steps were not finite.", NON_FINITE)
     assert entry.main(["demo"]) == NON_FINITE
-    assert "Ten steps were not finite." in capsys.readouterr().err
+    assert capsys.readouterr().err == "Ten steps were not finite.\n"
+    os.environ["RANK"] = "1"
+    assert entry.main(["demo"]) == NON_FINITE
+    assert capsys.readouterr().err == ""
 
 
 def test_interrupts_exit_with_130_and_no_words(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,9 @@ def test_the_page_lists_every_key_with_its_default_and_meaning() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     page = page.partition("## Every key")[2]
     rows = {key: default for key, default in re.findall(r"^\| `(\w+\.\w+)` \| (.*?) \| .+ \|$", page, re.MULTILINE)}
-    assert list(rows) == list(KEYS)
+    assert set(KEYS) - set(rows) == set(), "keys without a row"
+    assert set(rows) - set(KEYS) == set(), "rows without a key"
+    assert list(rows) == list(KEYS), "rows in another order than the fields"
     sections = Recipe.model_validate_json('{"train": {"tokens": 1000000}}').model_dump(mode="json")
     for key in KEYS:
         section, _, name = key.partition(".")

@@ -17,6 +17,7 @@ from torch import Tensor
 from model.attention import Context, make_context
 from model.config import AttractorConfig, BackboneConfig, GradientConfig, ModelConfig, SolverConfig
 from model.language_model import LanguageModel, build
+from model.layers import ChannelGate
 from model.refine import Refine
 
 BYTES = 256  # vocabulary of the tests that read text
@@ -41,15 +42,14 @@ def plain_context(config: ModelConfig, batch: int, length: int, documents: Tenso
     return make_context(config.model, torch.zeros(batch, length, dtype=torch.int64), documents)
 
 
-def double_refine(config: ModelConfig, seed: int = 0, shrink: float = 1.0) -> Refine:
-    """The attractor and its solve in float64, with the model's own initial weights; shrink multiplies what its gates let through."""
+def double_refine(config: ModelConfig, seed: int = 0) -> Refine:
+    """The attractor and its solve in float64, with the model's own initial weights and gates that differ by channel."""
     model = build(config, dtype=torch.float64, seed=seed)
     assert model.refine is not None
     with torch.no_grad():
-        for block in model.refine.attractor.blocks:
-            for gate in (block.attention_gate, block.mlp_gate):
-                gate.maximum *= shrink
-                gate.raw += 0.3 * torch.randn(gate.raw.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for gate in model.refine.attractor.modules():
+            if isinstance(gate, ChannelGate):
+                gate.raw.add_(torch.randn(gate.raw.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), alpha=0.3)
     return model.refine
 
 
@@ -95,14 +95,15 @@ def train(model: LanguageModel, first: int, last: int, *, batch: int = 8, length
 
 
 def map_and_start(model: LanguageModel, tokens: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The map y -> f(y, y0) of a batch, and y0."""
+    """The map y -> f(y, y0) of a batch, and y0, in fp32 or more."""
     assert model.refine is not None
     attractor = model.refine.attractor
     with torch.no_grad():
         proposal, context = model.propose(tokens, None)
+        proposal = proposal.to(torch.promote_types(proposal.dtype, torch.float32))
     return lambda y: attractor(y, proposal, context), proposal
 
 
 def relative(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want||."""
-    return float((got - want).norm() / want.norm())
+    return float((got.detach() - want.detach()).norm() / want.detach().norm())

@@ -56,13 +56,11 @@ def naive_rotate(x: Tensor, base: float) -> Tensor:
 
 
 def naive_attention(
-    module: Attention, config: BackboneConfig, x: Tensor, memory: Tensor, allowed: Tensor, values: Tensor | None = None
+    module: Any, config: BackboneConfig, x: Tensor, memory: Tensor, allowed: Tensor, values: Tensor | None = None
 ) -> Tensor:
     """One sequence x [s, w], head by head and query by query; allowed [s, s]."""
     dim, group = config.head_dim, config.heads // config.key_value_heads
-    q, k, v = (
-        projection.weight @ source.T for projection, source in ((module.query, x), (module.key, memory), (module.value, memory))
-    )
+    q, k, v = (projection.weight @ source.T for projection, source in ((module.query, x), (module.key, memory), (module.value, memory)))
     mixed = torch.zeros(x.shape[0], config.heads * dim, dtype=torch.float64)
     for head in range(config.heads):
         kv = head // group
@@ -72,10 +70,10 @@ def naive_attention(
         if config.qk_norm:
             query, key = naive_norm(query), naive_norm(key)
         if values is not None:
-            gate = 2 / (1 + torch.exp(-(x[:, : config.value_gate_channels] @ module.value_gate.projection.weight[kv])))  # type: ignore[union-attr]
+            gate = 2 / (1 + torch.exp(-(x[:, : config.value_gate_channels] @ module.value_gate.projection.weight[kv])))
             value = value + gate[:, None] * values[:, kv * dim : (kv + 1) * dim]
         for i in range(x.shape[0]):
-            scores = torch.stack([query[i] @ key[j] / math.sqrt(dim) if allowed[i, j] else torch.tensor(-math.inf).double() for j in range(x.shape[0])])
+            scores = (key @ query[i] / math.sqrt(dim)).where(allowed[i], -math.inf)
             weights = torch.exp(scores - scores.max())
             mixed[i, head * dim : (head + 1) * dim] = (weights / weights.sum()) @ value
     return mixed @ module.out.weight.T
@@ -83,7 +81,7 @@ def naive_attention(
 
 CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
 # rotary tables are fp32 by design: angles rounded to 6e-8 of their cosine, the rest is float64
-TABLES = {"rtol": 1e-6, "atol": 1e-6}
+TABLES: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -112,7 +110,8 @@ def test_value_embeddings_enter_through_their_gate(kv_heads: int | None) -> None
     module, x = filled(Attention(config, PlainLayers(), value_embedding=True)), normal(1, LENGTH, 16)
     values = normal(1, LENGTH, config.key_value_heads * config.head_dim, seed=2)
     context = make_context(config, torch.zeros(1, LENGTH), None)
-    torch.testing.assert_close(module(x, context, None, values)[0], naive_attention(module, config, x[0], x[0], CAUSAL, values[0]), **TABLES)
+    want = naive_attention(module, config, x[0], x[0], CAUSAL, values[0])
+    torch.testing.assert_close(module(x, context, None, values)[0], want, **TABLES)
     module.value_gate.projection.weight.zero_()
     torch.testing.assert_close(ValueGate.forward(module.value_gate, x), torch.ones(1, LENGTH, config.key_value_heads, dtype=torch.float64))
 
@@ -283,7 +282,7 @@ def test_backbone_is_its_blocks_one_after_another(recompute: bool) -> None:
     for layer, block in enumerate(module.blocks):
         values = module.value_embeddings[str(layer)].weight[tokens[0]] if layer != 1 else None
         first, second = block.attention_norm.weight, block.mlp_norm.weight
-        want = want + naive_attention(block.attention, config, *[naive_norm(want, first, 1e-5)] * 2, CAUSAL, values)
+        want = want + naive_attention(block.attention, config, normed := naive_norm(want, first, 1e-5), normed, CAUSAL, values)
         want = want + (naive_norm(want, second, 1e-5) @ block.mlp.up.weight.T).clamp_min(0) ** 2 @ block.mlp.down.weight.T
     torch.testing.assert_close(module(x, tokens, context)[0], want, rtol=1e-5, atol=1e-5)  # fp32 tables, through three layers
 

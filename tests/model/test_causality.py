@@ -75,7 +75,8 @@ def test_one_token_changes_nothing_before_it(trained: LanguageModel, solver: Sol
 
 @pytest.mark.parametrize("injection", ["concat", "init_only", "cross_attention"])
 def test_every_injection_is_causal(injection: str) -> None:
-    model = build(configuration(attractor={"injection": injection, "layers": 2}, model={"kv_heads": 1, "value_embeddings": True, "value_gate_channels": 8}))
+    values = {"kv_heads": 1, "value_embeddings": True, "value_gate_channels": 8}
+    model = build(configuration(attractor={"injection": injection, "layers": 2}, model=values))
     perturb(model)
     tokens = random_tokens(2, 16)
     changed = tokens.clone()
@@ -90,7 +91,7 @@ def perturb(model: LanguageModel, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
 def contraction_rate(model: LanguageModel, tokens: Tensor) -> float:

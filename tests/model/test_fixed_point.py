@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.config import SolverConfig
-from model.fixed_point import Solution, relative_residual, solve, solve_strict, token_residual
+from model.fixed_point import Map, Solution, relative_residual, solve, solve_strict, token_residual
 from model.language_model import build
 from tests.model.support import configuration, map_and_start, random_tokens, relative
 
@@ -54,7 +54,7 @@ def coupled(y: Tensor) -> Tensor:
     return 0.7 * torch.tanh(y @ matrix) + 0.25 * before + normal(4, (1, y.shape[1], y.shape[2])).to(y.dtype)
 
 
-def by_sequence(rates: list[float], width: int = WIDTH) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Callable[[Tensor], Tensor]]]:
+def by_sequence(rates: list[float]) -> tuple[Map, Callable[[Tensor], Map]]:
     """f(y) = rate_i y + 1 elementwise, a rate a sequence, and its restriction to some rows."""
     rate = torch.tensor(rates, dtype=torch.float64)[:, None, None]
     return (lambda y: rate * y + 1), lambda rows: lambda y: rate[rows] * y + 1
@@ -79,9 +79,8 @@ def test_linear_contraction_is_solved_to_tolerance(fields: dict[str, Any]) -> No
 @pytest.mark.parametrize("evaluations", [1, 2, 3, 6])
 def test_anderson_equals_a_least_squares_reference(mixing: str, history: int, damping: float, evaluations: int) -> None:
     start = normal(5)
-    config = SolverConfig(
-        mixing=mixing, history=history, damping=damping, ridge=1e-14, min_iterations=evaluations, max_iterations=evaluations
-    )  # type: ignore[arg-type]
+    counts = {"min_iterations": evaluations, "max_iterations": evaluations}
+    config = SolverConfig(mixing=mixing, history=history, damping=damping, ridge=1e-14, **counts)  # type: ignore[arg-type]
     solution = solve(coupled, start, config)
     assert int(solution.fallbacks) == 0, "the reference below knows no fallback"
     # float64 rounding, squared condition (Gram matrix) of at most 1e4 here
@@ -175,13 +174,14 @@ def test_stop_by_the_worst_token_is_stricter_than_by_the_norm() -> None:
     f, exact = contraction(0.8)
     start = exact.clone()
     start[:, 0] *= 1.2
-    norm, worst = (solve(f, start, SolverConfig(method="picard", tolerance=2e-3, stop=stop)) for stop in ("norm", "max_token"))  # type: ignore[arg-type]
+    norm, worst = (solve(f, start, SolverConfig(method="picard", tolerance=2e-3, stop=stop)) for stop in ("norm", "max_token"))
     assert (norm.iterations < worst.iterations).all()
 
 
 def test_residuals_are_their_definitions() -> None:
     change, y = normal(1), normal(2)
-    by_token = torch.tensor([[float(change[i, t].norm() / y[i, t].norm()) for t in range(LENGTH)] for i in range(BATCH)], dtype=torch.float64)
+    rows_by_token = [[float(change[i, t].norm() / y[i, t].norm()) for t in range(LENGTH)] for i in range(BATCH)]
+    by_token = torch.tensor(rows_by_token, dtype=torch.float64)
     torch.testing.assert_close(token_residual(change, y), by_token)
     torch.testing.assert_close(relative_residual(change, y, "max_token"), by_token.amax(1))
     rows = [float(change[i].reshape(-1).norm() / y[i].reshape(-1).norm()) for i in range(BATCH)]
@@ -285,10 +285,10 @@ def test_fallbacks_are_not_counted_for_sequences_that_are_done() -> None:
 
     config = SolverConfig(history=1, tolerance=1e-7, max_iterations=60, min_iterations=1)
     start = normal(3)[:2] + torch.linspace(0, 1, 2)[:, None, None]
-    counts = [
-        int(solve(restrict(torch.arange(2)), start, replace(config, compaction=compaction), restrict).fallbacks) for compaction in (True, False)
-    ]
-    assert counts[0] == counts[1]
+    compact, full = (
+        solve(restrict(torch.arange(2)), start, replace(config, compaction=compaction), restrict) for compaction in (True, False)
+    )
+    assert int(compact.fallbacks) == int(full.fallbacks)
 
 
 # ---- compaction
@@ -316,9 +316,10 @@ def test_compaction_on_the_attractor_with_documents(fields: dict[str, Any]) -> N
     model = build(config, dtype=torch.float64)
     tokens = random_tokens(4, 24)
     documents = torch.arange(24)[None] // torch.tensor([24, 6, 2, 1])[:, None]
+    table = model.embedding.get_parameter("weight")
     with torch.no_grad():
-        model.embedding.weight.mul_(20)  # a proposal of norm one, where the map contracts
-        model.embedding.weight[tokens[2]] *= 3  # and one sequence that contracts faster
+        table.mul_(20)  # a proposal of norm one, where the map contracts
+        table[tokens[2]] *= 3  # and one sequence that contracts faster
     proposal, context = model.propose(tokens, documents)
     assert model.refine is not None
     states = {}
@@ -430,7 +431,7 @@ def test_strict_does_not_leak_whatever_the_mixing() -> None:
     start, changed = normal(3), normal(3)
     changed[:, 3:] = normal(8)[:, 3:]
     for mixing in ("token", "sequence"):
-        config = SolverConfig(mixing=mixing, history=2, tolerance=1e-3)  # type: ignore[arg-type]
+        config = SolverConfig(mixing=mixing, history=2, tolerance=1e-3)
         try:
             one, other = solve_strict(coupled, start, config), solve_strict(coupled, changed, config)
         except ValueError:

@@ -261,7 +261,7 @@ def test_a_gradient_that_is_zero_for_a_sequence_stays_zero() -> None:
     linear, v = LinearMap(0.9), normal(7)
     v[0] = 0
     for mode in ("neumann", "adjoint"):
-        u, _ = linear.u(v, GradientConfig(mode=mode, clip=1.0))  # type: ignore[arg-type]
+        u, _ = linear.u(v, GradientConfig(mode=mode, clip=1.0))
         assert torch.equal(u[0], torch.zeros_like(u[0]))
         assert u[1].isfinite().all()
 
@@ -297,7 +297,7 @@ def test_jacobian_penalty_estimates_the_frobenius_norm() -> None:
     for _ in range(draws):
         penalty = attach(problem.f, problem.solution.state, config, EXACT).penalty
         assert penalty is not None
-        total += float(penalty)
+        total += float(penalty.detach())
     # Hutchinson's relative deviation is at most sqrt(2 / rank) a draw; J has rank far above 10 here, so 5 % is over 5 deviations
     assert total / draws == pytest.approx(2 * want, rel=0.05)
 
@@ -331,7 +331,7 @@ def test_jacobian_penalty_has_the_right_gradient() -> None:
             matrix += sign * step * direction  # type: ignore[operator]
         values.append(float(penalty().detach()))
         with torch.no_grad():
-            matrix -= sign * step * direction  # type: ignore[operator]
+            matrix -= sign * step * direction
     # central differences: error step^2 times a third derivative of order one, plus rounding 1e-16 / step
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
 

@@ -30,7 +30,8 @@ def masked_targets(batch: int = 2, length: int = 8) -> Tensor:
 @pytest.mark.parametrize("kind", ["transformer", "attractor"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_is_the_mean_over_predicted_tokens(kind: str, tied: bool) -> None:
-    config = configuration(model={"kind": kind, "tied_embeddings": tied}, solver={"min_iterations": 4, "max_iterations": 4})
+    fixed = {"method": "picard", "min_iterations": 4, "max_iterations": 4}
+    config = configuration(model={"kind": kind, "tied_embeddings": tied}, solver=fixed)
     model, tokens, targets = build(config, dtype=torch.float64), random_tokens(2, 8), masked_targets()
     with torch.no_grad():
         model.norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
@@ -50,14 +51,15 @@ def test_loss_is_the_mean_over_predicted_tokens(kind: str, tied: bool) -> None:
 
 @torch.no_grad()
 def naive_logits(model: LanguageModel, tokens: Tensor, depth: int) -> Tensor:
-    """Head by hand, with as many Anderson evaluations as asked replaced by the solver's own fixed count."""
+    """Proposal, `depth` applications of f, norm and head, by hand."""
     table = model.embedding.weight if model.head is None else model.head.weight
-    f, y = map_and_start(model, tokens) if model.refine is not None else (None, model.propose(tokens, None)[0])
-    if f is not None:
-        # the solve's 4 evaluations, then one application: Anderson's fifth would differ from f of the fourth
-        y = f(solve(f, y, SolverConfig(min_iterations=depth - 1, max_iterations=depth - 1)).state)
+    y = model.propose(tokens, None)[0]
+    if model.refine is not None:
+        f, y = map_and_start(model, tokens)
+        for _ in range(depth):
+            y = f(y)
     normed = y / (y.square().mean(-1, keepdim=True) + model.norm.eps).sqrt() * model.norm.weight
-    return normed @ table.T  # type: ignore[operator, union-attr]
+    return normed @ table.T  # type: ignore[operator]
 
 
 def test_a_batch_with_nothing_to_predict_costs_nothing() -> None:
@@ -141,7 +143,7 @@ def test_training_and_evaluation_see_the_same_equilibrium(trained: LanguageModel
 # ---- precision
 
 
-def test_bf16_weights_solve_in_fp32_to_the_tolerance(trained: LanguageModel, record_property: Any) -> None:
+def test_bf16_weights_are_solved_with_an_fp32_state(trained: LanguageModel, record_property: Any) -> None:
     model = deepcopy(trained).to(torch.bfloat16)
     assert model.refine is not None
     tokens, targets = text_batch(16, 64, seed=-1)
@@ -153,28 +155,35 @@ def test_bf16_weights_solve_in_fp32_to_the_tolerance(trained: LanguageModel, rec
     assert solution is not None
     assert refined.output.dtype == solution.state.dtype == solution.residual.dtype == torch.float32
     record_property("residual", float(solution.residual.max()))
-    # 3e-4 is below what a bf16 state can express (2^-9 = 2e-3 a channel): it takes an fp32 state, and blocks whose own rounding
-    # enters only through D, once
-    assert bool(solution.converged.all())
-    assert float(solution.residual.max()) < 3e-4
+    # Blocks that compute in bf16 bottom out below 1e-3 on this map, above the tolerance of 3e-4: the solve must notice and stop
+    assert float(solution.residual.max()) < 1.2e-3
+    assert int(solution.iterations.max()) < 25
     loss, _ = model(tokens, targets, depths=["auto"])
     reference, _ = trained(tokens, targets, depths=["auto"])
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(float(reference), rel=1e-2)
 
 
-def test_a_bf16_state_would_stall(trained: LanguageModel) -> None:
-    # what the fp32 state is for, shown on the same map: rounded after every evaluation, plain iteration stops getting closer
+def test_an_fp32_map_in_a_bf16_model_reaches_the_tolerance(trained: LanguageModel) -> None:
+    # the floor above is the blocks' rounding and nothing of the solver's
     model = deepcopy(trained).to(torch.bfloat16)
-    f, start = map_and_start(model, text_batch(16, 64, seed=-1)[0])
+    assert model.refine is not None
+    model.refine.float()
+    proposal, context = model.propose(text_batch(16, 64, seed=-1)[0], None)
     with torch.no_grad():
-        y = start
-        for _ in range(30):
-            value = f(y.float()).to(torch.bfloat16).float()
-            residual = (value - y.float()).flatten(1).norm(dim=1) / y.float().flatten(1).norm(dim=1)
-            y = value.to(torch.bfloat16)
-        kept = solve(lambda y: f(y), start.float(), SolverConfig(method="picard", min_iterations=30, max_iterations=30)).residual
-    assert float(kept.max()) < float(residual.max())
+        solution = model.refine(proposal, context).solution
+    assert solution is not None
+    assert bool(solution.converged.all())
+    assert float(solution.residual.max()) < 3e-4
+
+
+def test_a_bf16_state_stalls_higher(trained: LanguageModel) -> None:
+    # what the fp32 state is for, on the same map: rounded after every evaluation, plain iteration stops getting closer sooner
+    f, start = map_and_start(deepcopy(trained).to(torch.bfloat16), text_batch(16, 64, seed=-1)[0])
+    floor = {}
+    for name, function in {"fp32": f, "bf16": lambda y: f(y.bfloat16().float()).bfloat16()}.items():
+        floor[name] = solve(function, start, SolverConfig(method="picard", min_iterations=20, max_iterations=20)).residual
+    assert (floor["fp32"] < 0.8 * floor["bf16"]).all()
 
 
 @pytest.mark.parametrize("mode", ["one_step", "neumann", "phantom", "adjoint"])

@@ -42,7 +42,8 @@ BACKBONES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("injection", ["additive", "concat", "init_only", "cross_attention"])
 def test_roles_of_every_option(injection: str) -> None:
     for backbone in BACKBONES:
-        model = build(configuration(model={**backbone, "backbone_layers": 2}, attractor={"injection": injection, "layers": 2}), device="meta")
+        config = configuration(model={**backbone, "backbone_layers": 2}, attractor={"injection": injection, "layers": 2})
+        model = build(config, device="meta")
         roles = parameter_roles(model)
         assert roles == {name: expected(name) for name, _ in model.named_parameters()}
         assert set(roles) == {name for name, _ in model.named_parameters()}
