@@ -1,8 +1,9 @@
-"""Windows of ids to the tensors of a micro-batch.
+"""Windows of ids to the tensors of a micro-batch: B rows, S = sequence_length.
 
-B rows, S = sequence_length.    window [S + 1] -> tokens window[:-1], targets window[1:] A short window is filled up: tokens with the
-begin token, targets with -100. documents[b, t] counts the begin tokens in tokens[b, : t + 1], so that attention can be kept inside
-documents; it is 0 up to the first, in what a window continues from the one before.
+    window [S + 1]  ->  tokens = window[:-1], targets = window[1:]
+
+A short window is filled up, tokens with the begin token, targets with -100. documents[b, t] counts the begin tokens in tokens[b, : t + 1],
+so that attention can be kept inside documents; it is 0 up to the first, in what a window continues from the one before.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Loaders: from prepared sets to micro-batches, the same for any number of workers, and resumable exactly.
 
-The samples form one endless row (order.py). Global micro-step k of n data ranks with B sequences each reads positions k n B ... (k + 1) n
-B - 1 of it, and rank r takes the r-th slice of B: so 2 ranks of B see what 1 rank of 2 B sees. The state of a loader is its position in
-that row, counted in samples that were handed out, never in samples that were fetched ahead; it holds for another number of ranks or
-another micro-batch too.
+The samples form one endless row (order.py). Micro-step k of n data ranks with B sequences each reads positions knB ... (k + 1)nB - 1 of
+it, rank r the r-th slice of B: so 2 ranks of B see what 1 rank of 2B sees. The state of a loader is its position in that row, counted in
+samples that were handed out, never in samples that were fetched ahead; it holds for another number of ranks or another micro-batch too.
 
 `workers` are threads: reading, hashing and decompressing release the interpreter's lock, nothing is forked, and a kill -9 leaves nothing
 behind. Why not StreamingDataset itself: see docs/data.md.
@@ -93,14 +92,12 @@ class TokenLoader:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro-batch of this rank."""
-        if self._threads is None:
-            batch = self._make(self._next_samples())
-        else:
-            while len(self._under_way) < AHEAD * self._workers:
-                self._fetch_ahead()
-                self._under_way.append(self._threads.submit(self._make, self._next_samples()))
-            batch = self._under_way.popleft().result()
+        """The next micro-batch of this rank. After an error the same one is next again."""
+        try:
+            batch = self._next_batch()
+        except BaseException:
+            self._forget()
+            raise
         self._position += self._micro_batch * self._data_ranks
         return batch
 
@@ -123,10 +120,8 @@ class TokenLoader:
                 f"{_describe(self._identity())}. "
                 "Resume with the data, weights and seed of the run, or start a new run."
             )
-        for future in self._under_way:
-            future.cancel()
-        self._under_way.clear()
-        self._position = self._requested = int(state["samples"])
+        self._position = int(state["samples"])
+        self._forget()
 
     def close(self) -> None:
         """End the threads."""
@@ -140,6 +135,21 @@ class TokenLoader:
             {"weight": weight, "samples": store.samples, "index": store.split.index_sha256}
             for store, weight in zip(self._stores, self._weights, strict=True)
         ]
+
+    def _next_batch(self) -> Batch:
+        if self._threads is None:
+            return self._make(self._next_samples())
+        while len(self._under_way) < AHEAD * self._workers:
+            self._fetch_ahead()
+            self._under_way.append(self._threads.submit(self._make, self._next_samples()))
+        return self._under_way.popleft().result()
+
+    def _forget(self) -> None:
+        """Drop what was asked for beyond what was handed out."""
+        for future in self._under_way:
+            future.cancel()
+        self._under_way.clear()
+        self._requested = self._position
 
     def _next_samples(self) -> NDArray[np.int64]:
         """Global indices [B] of this rank's next slice."""

@@ -4,9 +4,12 @@ One set. An epoch visits every sample once. Its shards are permuted and taken `B
 themselves. So at any time only the shards of a block are needed, in memory and from a remote store, and a permutation of billions of
 samples is never held.
 
-A mixture. Positions come in rounds of ROUND. In a round, source s with cumulative weights W gets  ceil(ROUND W_s - u) - ceil(ROUND
-W_{s-1} - u)  positions, u uniform in [0, 1) for each round (systematic sampling): on average exactly its share, never off by one or more,
-in an order permuted for each round. The j-th position of a source, over all rounds, is the j-th sample of its own endless row of epochs.
+A mixture. Positions come in rounds of ROUND. With cumulative shares W_0 = 0 ... W_n = 1 and u uniform in [0, 1), drawn for each round,
+source s gets this many positions of a round (systematic sampling), in an order permuted for each round:
+
+    ceil(ROUND W_s - u) - ceil(ROUND W_{s-1} - u)        on average exactly its share, never off by one or more
+
+The j-th position of a source, over all rounds, is the j-th sample of its own endless row of epochs.
 
 Random numbers are raw outputs of numpy's Philox, which numpy guarantees never to change; permutations are a stable argsort of them.
 """

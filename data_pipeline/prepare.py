@@ -68,9 +68,9 @@ def prepare(
     bos_id, count = begin_id(loaded, where), id_count(loaded)
     with unfinished(out) as folder, ParallelEncoder(tokenizer_json, bos_id, id_dtype(count), workers) as encoder:
         writer = SetWriter(folder, sequence_length + 1, id_dtype(count))
-        readings = [writer.write(corpus, encoder, lambda text: VALIDATION if in_validation(text, fraction) else TRAIN, report)]
+        readings = [writer.write(corpus, encoder, lambda text: VALIDATION if in_validation(text, fraction) else TRAIN, report, "encode")]
         if held_out is not None:
-            readings.append(writer.write(held_out, encoder, lambda _: VALIDATION, report))
+            readings.append(writer.write(held_out, encoder, lambda _: VALIDATION, report, VALIDATION))
         splits = writer.finish()
         _check_splits(splits, fraction, list(zip([corpus, held_out or corpus], readings, strict=False)))
         manifest = Manifest(

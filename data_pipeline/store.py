@@ -75,12 +75,12 @@ class Store:
     def _read(self, shard: Shard) -> ShardSamples:
         try:
             return ShardSamples(shard, self._path(shard).read_bytes())
-        except (Damaged, FileNotFoundError) as first:
+        except (Damaged, OSError) as first:
             if self.location.remote is None:
                 raise self._damaged(shard, first) from first
         try:
             return ShardSamples(shard, self._path(shard, again=True).read_bytes())
-        except (Damaged, FileNotFoundError) as error:
+        except (Damaged, OSError) as error:
             raise self._damaged(shard, error) from error
 
     def _path(self, shard: Shard, again: bool = False) -> Path:
@@ -99,18 +99,24 @@ class Store:
         for shard in self.shards:
             try:
                 size = self._path(shard).stat().st_size
-            except FileNotFoundError as error:
+            except OSError as error:
                 raise self._damaged(shard, error) from error
             if size != shard.bytes:
                 raise self._damaged(shard, Damaged(f"has {size} bytes instead of {shard.bytes}"))
 
     def _damaged(self, shard: Shard, error: Exception) -> Refusal:
-        what = "is missing" if isinstance(error, FileNotFoundError) else str(error)
         stale = f" If the remote set was prepared anew, delete its old copy {self.location.folder}." if self.location.remote else ""
         return Refusal(
-            f"Shard {self.location}/{self._folder}/{shard.name} {what}. Restore it from a copy, or prepare the data again; "
+            f"Shard {self.location}/{self._folder}/{shard.name} {describe(error)}. Restore it from a copy, or prepare the data again; "
             f"`attractor data verify` lists all that is damaged.{stale}"
         )
+
+
+def describe(error: Exception) -> str:
+    """What is wrong with a shard, as the second half of a sentence."""
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return str(error) if isinstance(error, Damaged) else f"cannot be read ({error})"
 
 
 def _check_tokenizer(location: Location, manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from data_pipeline.errors import Refusal
 from data_pipeline.manifest import open_manifest
 from data_pipeline.shards import HASHES, Damaged, Shard, ShardSamples
-from data_pipeline.store import Store
+from data_pipeline.store import Store, describe
 
 NAMED = 20  # damaged shards in one message
 
@@ -51,10 +51,8 @@ def _damage(store: Store, split: str, shard: Shard) -> str | None:
     """What is wrong with a shard's file, or None."""
     try:
         ShardSamples(shard, store.location.fetch(f"{split}/{shard.name}").read_bytes(), tuple(HASHES))
-    except FileNotFoundError:
-        return "is missing"
-    except Damaged as damage:
-        return str(damage)
+    except (Damaged, OSError) as error:
+        return describe(error)
     return None
 
 

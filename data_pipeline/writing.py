@@ -74,7 +74,7 @@ class SetWriter:
         self._splits: dict[str, SplitWriter] = {}
         self._origins: dict[str, Counter[str]] = {}
 
-    def write(self, corpus: Corpus, encoder: ParallelEncoder, split_of: Callable[[str], str], report: Report) -> Reading:
+    def write(self, corpus: Corpus, encoder: ParallelEncoder, split_of: Callable[[str], str], report: Report, stage: str) -> Reading:
         """Encode every document of `corpus` into the split that `split_of` gives for its text (its first piece). Returns the account of
         the reading.
         """
@@ -88,7 +88,7 @@ class SetWriter:
                 self._add(split, document, encoded.ids[start:end])
                 documents, start = documents + document.begins, end
             tokens += start
-            report(Progress("encode", reading.done, reading.total, documents, tokens))
+            report(Progress(stage, reading.done, reading.total, documents, tokens))
         return reading
 
     def _add(self, split: str, document: Document, ids: NDArray) -> None:

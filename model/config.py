@@ -182,6 +182,11 @@ class GradientConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"gradient.steps must be at least 1, not {self.steps}.")
         _require(0 < self.damping <= 1, f"gradient.damping must lie in (0, 1], not {self.damping}.")
+        for name in ("tolerance", "max_iterations", "clip"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"gradient.{name} must be above 0 or left out, not {value}.")
+        for name in ("convergence_penalty", "jacobian_penalty"):
+            _require(getattr(self, name) >= 0, f"gradient.{name} must be 0 (off) or above, not {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

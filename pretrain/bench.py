@@ -11,9 +11,10 @@ the proposal and at the equilibrium; they need not add up to `step_seconds` exac
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,24 @@ DEFAULT_VOCABULARY, DEFAULT_LENGTH = 4096, 256
 def bench_step(recipe: Recipe, iterations: list[int], steps: int, warm_up: int = 10) -> list[Row]:
     """One row for every fixed number of iterations, and one, `auto`, as the recipe solves; a Transformer has one row.
 
-    The model is trained for `warm_up` steps as the recipe solves before anything is timed.
+    Each row comes from a process of its own, so that none inherits another's memory. There the model is first trained for
+    `warm_up` steps as the recipe solves.
     """
+    names: list[int | str] = [*iterations, "auto"] if recipe.model.kind == "attractor" else ["none"]
+    rows = []
+    for name in names:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            rows.append(pool.submit(_row, recipe, name, steps, warm_up).result())
+    return rows
+
+
+def _row(recipe: Recipe, name: int | str, steps: int, warm_up: int) -> Row:
     bench = _Bench(recipe)
     for _ in range(warm_up):
         bench.step()
-    if recipe.model.kind == "transformer":
-        return [bench.row("none", steps)]
-    rows = []
-    for count in iterations:
-        with bench.solver(min_iterations=count, max_iterations=count):
-            rows.append(bench.row(count, steps))
-    return [*rows, bench.row("auto", steps)]
+    if isinstance(name, int):
+        bench.fix(name)
+    return bench.row(name, steps)
 
 
 class _Bench:
@@ -71,15 +78,10 @@ class _Bench:
         self.optimizer.guard_gradients(recipe.optimizer.clip)
         self.batches = _text_batches(recipe.train.micro_batch, self.length, vocabulary, self.device)
 
-    @contextmanager
-    def solver(self, **changes: int) -> Iterator[None]:
+    def fix(self, iterations: int) -> None:
+        """From now on every solve takes so many evaluations."""
         assert self.model.refine is not None
-        before = self.model.refine.solver
-        self.model.refine.solver = replace(before, **changes)
-        try:
-            yield
-        finally:
-            self.model.refine.solver = before
+        self.model.refine.solver = replace(self.model.refine.solver, min_iterations=iterations, max_iterations=iterations)
 
     def step(self) -> tuple[float, float]:
         """(evaluations, vector-Jacobian products) a sequence of one whole step."""

@@ -25,6 +25,7 @@ from model.loss import IGNORE
 from model.refine import Depth
 from pretrain.agreement import world_size
 from pretrain.config import Recipe
+from pretrain.runtime import device_of, settle_libraries
 from pretrain.step import to_device
 
 _PER_SEQUENCE = ("proposal_distance", "solver_iterations", "solver_evaluations", "solver_converged")
@@ -104,6 +105,7 @@ def evaluate_run(
 
     Raises Refusal for a folder without a run or a whole checkpoint.
     """
+    settle_libraries(device_of("auto"))
     from pretrain.weights import load_run
 
     loaded = load_run(run)

@@ -36,8 +36,7 @@ def process_group(settings: TrainSection) -> Iterator[torch.device]:
     The rank is read from the environment, which pretrain.train completes. A collective waits train.hang_timeout at most.
     """
     device = device_of(settings.device)
-    os.environ["DS_ACCELERATOR"] = device.type
-    _quiet()
+    settle_libraries(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -54,6 +53,8 @@ def process_group(settings: TrainSection) -> Iterator[torch.device]:
         dist.destroy_process_group()  # without it some ZeRO-3 runs die at exit
 
 
-def _quiet() -> None:
+def settle_libraries(device: torch.device) -> None:
+    """Tells DeepSpeed its accelerator and quiets what libraries say; before anything imports deepspeed."""
+    os.environ["DS_ACCELERATOR"] = device.type
     logging.getLogger("streaming").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(deepspeed|streaming|torch\.distributed|torch\.nn\.modules\.module|torch\.cuda).*")

@@ -11,13 +11,13 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_pipeline import Manifest, TokenLoader, open_manifest
+from data_pipeline import TokenLoader, open_manifest
 from pretrain.config import Recipe
 from pretrain.errors import NON_FINITE, SIGNALLED, Refusal, RunStopped
 from pretrain.runtime import process_group
@@ -42,21 +42,7 @@ def resolve(recipe: Recipe) -> Recipe:
     """The recipe with what only the prepared data knows: sequence length and vocabulary. Raises Refusal where they disagree."""
     path = recipe.sources[0][0]
     manifest = open_manifest(path, recipe.data.cache)
-    length = recipe.data.sequence_length or manifest.sequence_length
-    data = recipe.data.model_copy(update={"sequence_length": length})
-    resolved = recipe.model_copy(update={"data": data, "model": replace(recipe.model, vocabulary_size=_vocabulary(recipe, manifest, path))})
-    resolved.steps(length)
-    return resolved
-
-
-def _vocabulary(recipe: Recipe, manifest: Manifest, path: str) -> int:
-    wanted, needed = recipe.model.vocabulary_size, manifest.vocabulary_size
-    if wanted is not None and wanted < needed:
-        raise Refusal(
-            f"model.vocabulary_size={wanted} is smaller than the {needed} entries of the tokenizer of {path}: leave it out, set it to "
-            f"{needed} or more, or prepare the data with --vocab-size {wanted}."
-        )
-    return wanted or -(-needed // 64) * 64
+    return recipe.completed(manifest.vocabulary_size, manifest.sequence_length, path)
 
 
 @dataclass

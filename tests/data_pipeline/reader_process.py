@@ -2,8 +2,8 @@
 
 python -m tests.data_pipeline.reader_process PATH CACHE|- STEPS LOG DIE_AFTER
 
-Appends one line a step, {"samples": [...], "state": {...}}, to LOG and resumes from its last one. Waits for a file `go` beside LOG before it
-reads, so that several read at once; kills itself (-9) after DIE_AFTER steps (0: never).
+Appends one line a step, {"samples": [...], "state": {...}}, to LOG and resumes from its last one. Waits for a file `go` beside LOG before
+it reads, so that several read at once; kills itself (-9) after DIE_AFTER steps (0: never).
 """
 
 from __future__ import annotations

@@ -134,6 +134,22 @@ def test_a_loader_can_be_set_back(small_set: Path) -> None:
     mine.close()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_after_an_error_the_same_batch_is_next(small_set: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    expected = read(loader(small_set), 9)
+    mine = loader(small_set, workers=workers)
+    seen = read(mine, 4)
+    state = mine.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.store.Store.__getitem__", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            read(mine, 9)
+    assert mine.state_dict()["samples"] >= state["samples"]
+    at = mine.state_dict()["samples"] // 4
+    assert seen + read(mine, 9 - at) == expected[:4] + expected[at:]
+    mine.close()
+
+
 def test_a_state_holds_for_another_layout(small_set: Path) -> None:
     whole = read(loader(small_set, micro_batch=8), 12)
     mine = loader(small_set, micro_batch=8)

@@ -96,7 +96,8 @@ def test_parquet_without_the_column_is_refused(tmp_path: Path) -> None:
 def test_bad_lines_of_jsonl_are_counted_by_reason_and_placed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(
-        b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"\n\n{"body": "c"}\n["text"]\n{"text": 3}\n{"text": " \\n"}\n{"text": "\\ud800"}\n{"text": "z"}'
+        b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"\n\n{"body": "c"}\n["text"]\n{"text": 3}\n'
+        b'{"text": " \\n"}\n{"text": "\\ud800"}\n{"text": "z"}'
     )
     documents, reading = read(path)
     assert [document.text for document in documents] == ["a", "z"]

@@ -48,7 +48,7 @@ def test_a_missing_or_outdated_package(monkeypatch: pytest.MonkeyPatch, version:
             raise importlib.metadata.PackageNotFoundError
         return version
 
-    monkeypatch.setattr(doctor, "requirements", lambda: [Requirement("typer>=0.16,<1")])
+    monkeypatch.setattr(doctor, "requirements", lambda: [Requirement("typer>=0.20,<1")])
     monkeypatch.setattr(importlib.metadata, "version", found)
     finding = next(finding for finding in doctor.examine() if finding.check == "typer")
     assert finding.level == "missing"
