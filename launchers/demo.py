@@ -58,7 +58,7 @@ def _prepare(data: Path) -> None:
                 progress=report,
             )
     split = open_manifest(data).splits["train"]
-    console().print(f"Data: {split.bytes / 1e6:.1f} MB of English text, {si(split.tokens, "tokens")}, in {data}", highlight=False)
+    console().print(f"Data: {split.bytes / 1e6:.1f} MB of English text, {si(split.tokens, 'tokens')}, in {data}", highlight=False)
 
 
 def _train(label: str, recipe: str, data: Path, run: Path) -> None:

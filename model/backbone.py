@@ -21,9 +21,7 @@ class Backbone(nn.Module):
         tables = [config.has_value_embedding(layer) for layer in range(config.backbone_layers)]
         self.blocks = nn.ModuleList(Block(config, layers, value_embedding=table) for table in tables)
         rows, width = config.vocabulary_size or 0, config.key_value_heads * config.head_dim
-        self.value_embeddings = nn.ModuleDict(
-            {str(layer): layers.embedding(rows, width) for layer, table in enumerate(tables) if table}
-        )
+        self.value_embeddings = nn.ModuleDict({str(layer): layers.embedding(rows, width) for layer, table in enumerate(tables) if table})
 
     def forward(self, x: Tensor, tokens: Tensor, context: Context) -> Tensor:
         """x [b, s, w] the embedded tokens [b, s] -> the proposal [b, s, w]."""

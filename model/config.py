@@ -148,7 +148,9 @@ class SolverConfig:
             1 <= self.min_iterations <= self.max_iterations,
             f"solver.min_iterations={self.min_iterations} must be at least 1 and at most solver.max_iterations={self.max_iterations}.",
         )
-        _require(self.patience >= 1, f"solver.patience must be at least 1, not {self.patience}; max_iterations or more never stops a stall.")
+        _require(
+            self.patience >= 1, f"solver.patience must be at least 1, not {self.patience}; max_iterations or more never stops a stall."
+        )
         _require(self.history >= 1, f"solver.history must be at least 1, not {self.history}; method=picard uses none.")
         _require(0 < self.damping <= 1, f"solver.damping must lie in (0, 1], not {self.damping}.")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model.attention import Context, make_context
 from model.backbone import Backbone
 from model.config import ModelConfig
-from model.fixed_point import Solution
+from model.fixed_point import Solution, relative_residual
 from model.layers import Layers, PlainLayers, RMSNorm
 from model.loss import IGNORE
 from model.refine import Depth, Refine, Refined
@@ -54,8 +54,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Record]:
         """(mean loss a predicted token, record). The record holds detached scalars: what the step found and what it cost.
 
-        depths: evaluate instead of train. The loss of every token after that many evaluations, record["nll/<depth>"] [b, s],
-        from one proposal; the loss returned is the last depth's. A Transformer has the one depth 0, whatever is asked.
+        depths: evaluate instead of train, all from one proposal; the loss returned is the last depth's, and the record holds the
+        loss of every token, "nll/<depth>" [b, s], and of every sequence "iterations/", "converged/" and "proposal_distance/<depth>"
+        [b]. A Transformer has the one depth 0, whatever is asked.
         """
         proposal, context = self.propose(tokens, documents)
         if depths is not None:
@@ -85,9 +86,8 @@ class LanguageModel(nn.Module):
             losses = self.layers.cross_entropy_tokens(self.norm(state).flatten(0, 1), self.unembedding, targets.flatten())
             record[f"nll/{depth}"] = losses.view_as(targets)
             if solution is not None:
-                distance = (state - proposal).flatten(1).norm(dim=1) / proposal.float().flatten(1).norm(dim=1)
-                record[f"proposal_distance/{depth}"] = distance
-                record.update({f"{key}/{depth}": value for key, value in solver_record(solution).items()})
+                record[f"proposal_distance/{depth}"] = relative_residual(state - proposal, proposal.to(state.dtype))
+                record[f"iterations/{depth}"], record[f"converged/{depth}"] = solution.iterations, solution.converged
         return losses.sum() / (targets != IGNORE).sum().clamp_min(1), record
 
     def _state(self, proposal: Tensor, context: Context, depth: Depth) -> tuple[Tensor, Solution | None]:

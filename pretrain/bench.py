@@ -212,4 +212,3 @@ def _peak(device: torch.device) -> int:
 
 def _known_peak(device: torch.device, precision: str) -> float | None:
     return peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
-

@@ -5,7 +5,7 @@
 
 One proposal serves all depths of a batch. The equilibrium is internalised when loss(0) or loss(1) comes near loss(auto).
 With adaptive stopping a token's state may depend, within the tolerance, on later ones (the stop is the sequence's); `strict`
-solves as generation with a cache would, and `leak` is what that changes. Depths are also given as "strict".
+solves as generation with a cache would. pretrain/solvers.py measures how much leaks, by kind of mixing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pretrain.config import Recipe
 from pretrain.runtime import device_of, settle_libraries
 from pretrain.step import to_device
 
-_PER_SEQUENCE = ("proposal_distance", "solver_iterations", "solver_evaluations", "solver_converged")
+_PER_SEQUENCE = ("proposal_distance", "iterations", "converged")
 
 
 @torch.no_grad()
@@ -45,17 +45,17 @@ def evaluate(
     for batch in batches:
         tokens, targets, documents = to_device(batch, device, mask_documents)
         predicted = targets != IGNORE
-        real = predicted.any(dim=1).sum()  # rows that are not padding
+        real = predicted.any(dim=1)  # rows that are not padding
         _, record = model(tokens, targets, documents, depths)
         sums["predicted"] += predicted.sum()
-        sums["sequences"] += real
+        sums["sequences"] += real.sum()
         for key, value in record.items():
             name, _, depth = key.rpartition("/")
             if name == "nll":
                 sums[key] += value.sum(dtype=torch.float64)
                 order += [depth] if depth not in order else []
             elif name in _PER_SEQUENCE:
-                sums[key] += value.double().mean() * real
+                sums[key] += value[real].sum(dtype=torch.float64)
     totals = _over_ranks(dict(sums))
     return _report(totals, order)
 
@@ -74,12 +74,12 @@ def _report(totals: dict[str, float], depths: list[str]) -> dict[str, Any]:
         "perplexity": {depth: math.exp(min(loss, 700.0)) for depth, loss in losses.items()},
         "tokens": int(totals["predicted"]),
     }
-    solved = [depth for depth in depths if f"solver_iterations/{depth}" in totals]
+    solved = [depth for depth in depths if f"iterations/{depth}" in totals]
     if solved:
         mean = {name: {depth: totals[f"{name}/{depth}"] / max(1.0, totals["sequences"]) for depth in solved} for name in _PER_SEQUENCE}
-        report["iterations"] = mean["solver_iterations"]
+        report["iterations"] = mean["iterations"]
         report["proposal_distance"] = mean["proposal_distance"][solved[-1]]
-        report["converged"] = mean["solver_converged"][solved[-1]]
+        report["converged"] = mean["converged"][solved[-1]]
     return report
 
 

@@ -187,9 +187,7 @@ def cut_contiguously(sizes: Sequence[int], offsets: Sequence[int], partition: in
         low, high = rank * partition, (rank + 1) * partition
         spans = [(max(low, offset) - offset, min(high, offset + size) - offset) for size, offset in zip(sizes, offsets, strict=True)]
         result.append(
-            tuple(
-                Piece(matrix, start, stop, offsets[matrix] + start - low) for matrix, (start, stop) in enumerate(spans) if start < stop
-            )
+            tuple(Piece(matrix, start, stop, offsets[matrix] + start - low) for matrix, (start, stop) in enumerate(spans) if start < stop)
         )
     return tuple(result)
 

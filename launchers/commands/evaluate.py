@@ -18,6 +18,8 @@ EPILOG = """\
   attractor evaluate runs/demo
 
   attractor evaluate runs/demo --solver-iterations 0,1,8,auto --json
+
+  attractor evaluate runs/demo --solvers
 """
 
 
@@ -48,12 +50,19 @@ def command(
             show_default="the recipe's",
         ),
     ] = None,
+    solvers: Annotated[
+        bool, typer.Option("--solvers", help="Compare kinds of solver instead: evaluations, seconds, loss, and what later tokens leak.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
     """Report a run's validation loss by solver iterations."""
     iterations = None if solver_iterations is None else parse_iterations(solver_iterations)
     if not run.is_dir():
         raise Refusal(f"{run} is not a run folder: give the folder that `attractor train` wrote (run.dir), such as runs/demo.")
+
+    if solvers:
+        deliver(as_json, lambda: _compare(run), _show_solvers)
+        return
 
     def compute() -> dict[str, Any]:
         from pretrain.evaluate import evaluate_run
@@ -62,6 +71,24 @@ def command(
             return evaluate_run(run, iterations, progress=report)
 
     deliver(as_json, compute, _show)
+
+
+def _compare(run: Path) -> list[dict[str, Any]]:
+    from pretrain.solvers import compare_solvers
+
+    return compare_solvers(run)
+
+
+def _show_solvers(rows: list[dict[str, Any]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("solver")
+    for column in ("evaluations", "seconds a batch", "loss", "leak"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row["solver"], f"{row['evaluations']:.2f}", f"{row['solve_seconds']:.3f}", f"{row['loss']:.4f}", f"{row['leak']:.1e}")
+    out = console()
+    out.print(table)
+    out.print("leak: relative change of the first three quarters of the states when the last quarter of the tokens is replaced.")
 
 
 def _show(result: dict[str, Any]) -> None:

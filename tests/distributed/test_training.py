@@ -22,7 +22,10 @@ MUON = {"optimizer.name": "muon", "optimizer.lr": 1e-3, "optimizer.eps": 1e-6}
 CASES: list[dict[str, Any]] = [
     *({"layout.zero": zero, **ADAMW} for zero in range(4)),
     *({"layout.zero": zero, **MUON} for zero in (1, 3)),
-    *({"layout.zero": zero, "gradient.mode": mode, "gradient.steps": 2, **ADAMW} for zero, mode in ((1, "neumann"), (2, "phantom"), (3, "adjoint"))),
+    *(
+        {"layout.zero": zero, "gradient.mode": mode, "gradient.steps": 2, **ADAMW}
+        for zero, mode in ((1, "neumann"), (2, "phantom"), (3, "adjoint"))
+    ),
     {"layout.zero": 3, "train.recompute": True, **ADAMW},
     {"layout.zero": 2, "model.kind": "transformer", "model.value_embeddings": True, **ADAMW},
 ]

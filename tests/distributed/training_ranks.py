@@ -129,5 +129,3 @@ def interrupted_run(run: str, data: str, stops: list[int], resume: bool, extra: 
     newest = Path(run) / "checkpoints" / (Path(run) / "checkpoints" / "latest").read_text().strip()
     digest = hashlib.sha256((newest / "weights.safetensors").read_bytes()).hexdigest()
     return {"code": code, "seen": seen, "weights": digest, "checkpoint": newest.name}
-
-

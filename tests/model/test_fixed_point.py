@@ -234,6 +234,31 @@ def test_anderson_recovers_after_one_value_that_is_not_finite() -> None:
     assert solution.residual[0] < 1, "the best iterate, from before the accident, is what is returned"
 
 
+@pytest.mark.parametrize("mixing", ["token", "sequence"])
+def test_a_step_after_a_raised_residual_is_plain(mixing: str) -> None:
+    # token 1 of sequence 0 jumps away at its third evaluation, everything else contracts; the fourth point tells what was done
+    points: list[Tensor] = []
+    rates = torch.linspace(0.2, 0.8, WIDTH, dtype=torch.float64)
+
+    def f(y: Tensor) -> Tensor:
+        points.append(y)
+        value = rates * y + 1
+        if len(points) == 3:
+            value = value.clone()
+            value[0, 1] += 100
+        return value
+
+    config = SolverConfig(mixing=mixing, min_iterations=4, max_iterations=4)  # type: ignore[arg-type]
+    solution = solve(f, normal(1), config)
+    after = rates * points[2] + 1
+    after[0, 1] += 100
+    plain = (points[3] == after).all(dim=-1)
+    want = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    want[0, 1 if mixing == "token" else slice(None)] = True
+    assert torch.equal(plain, want)
+    assert int(solution.fallbacks) == 1
+
+
 @pytest.mark.parametrize("compaction", [False, True])
 def test_the_best_iterate_is_returned_when_nothing_converges(compaction: bool) -> None:
     residuals = iter([1.0, 0.1, 0.5, 2.0, 0.3])
