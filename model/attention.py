@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import BackboneConfig
+from model.fused import rms_norm
 from model.layers import Layers
 from model.rotary import rotary_tables, rotate
 
@@ -77,7 +78,8 @@ class Attention(nn.Module):
         k = rotate(self.key(memory).view(batch, length, self.kv_heads, self.head_dim), context.cos, context.sin)
         v = self.value(memory).view(batch, length, self.kv_heads, self.head_dim)
         if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+            eps = torch.finfo(q.dtype).eps
+            q, k = rms_norm(q, None, eps), rms_norm(k, None, eps)
         if self.value_gate is not None and value_embedding is not None:
             v = v + self.value_gate(x)[..., None] * value_embedding.view_as(v)
         mixed = F.scaled_dot_product_attention(

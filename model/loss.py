@@ -25,13 +25,11 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def _chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(losses, fp32 logits, logsumexp, targets with IGNORE replaced by 0), losses 0 where ignored."""
+def _logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logits of at least fp32, the targets' logits, targets with IGNORE replaced by 0, 1 where a target counts)."""
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     safe = targets.clamp_min(0)
-    lse = torch.logsumexp(logits, dim=-1)
-    losses = lse - logits.gather(-1, safe[:, None]).squeeze(-1)
-    return losses * (targets != IGNORE), logits, lse, safe
+    return logits, logits.gather(-1, safe[:, None]).squeeze(-1), safe, (targets != IGNORE).to(logits.dtype)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -42,12 +40,13 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight: Tensor | None = None
         for part in _chunks(hidden.shape[0], weight.shape[0]):
-            losses, logits, lse, safe = _chunk_losses(hidden[part], weight, targets[part])
-            total += losses.sum()
-            delta = logits.sub_(lse[:, None]).exp_()
-            delta.scatter_add_(-1, safe[:, None], delta.new_full((delta.shape[0], 1), -1.0))
-            delta *= (targets[part] != IGNORE)[:, None]
-            delta = delta.to(hidden.dtype)
+            logits, at_target, safe, counts = _logits(hidden[part], weight, targets[part])
+            highest = logits.amax(dim=-1)
+            softmax = logits.sub_(highest[:, None]).exp_()  # in the logits' own memory: not yet divided by its sum
+            sums = softmax.sum(dim=-1)
+            total += ((sums.log() + highest - at_target) * counts).sum()
+            softmax *= (counts / sums)[:, None]
+            delta = softmax.scatter_add_(-1, safe[:, None], -counts[:, None]).to(hidden.dtype)
             torch.mm(delta, weight, out=grad_hidden[part])
             piece = (delta.T @ hidden[part]).to(accumulate)
             grad_weight = piece if grad_weight is None else grad_weight.add_(piece)
@@ -72,5 +71,8 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 @torch.no_grad()
 def cross_entropy_tokens(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Loss of every token in nats [n], 0 where the target is IGNORE. Not differentiable."""
-    parts = [_chunk_losses(hidden[part], weight, targets[part])[0] for part in _chunks(hidden.shape[0], weight.shape[0])]
-    return torch.cat(parts)
+    losses = []
+    for part in _chunks(hidden.shape[0], weight.shape[0]):
+        logits, at_target, _, counts = _logits(hidden[part], weight, targets[part])
+        losses.append((torch.logsumexp(logits, dim=-1) - at_target) * counts)
+    return torch.cat(losses)

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from model.fused import rotate_halves
+
 
 @lru_cache(maxsize=16)
 def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -25,6 +27,4 @@ def rotary_tables(length: int, head_dim: int, base: float, device: torch.device)
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [b, s, heads, head_dim] turned by its position; the result has x's dtype."""
-    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotate_halves(x, cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype))

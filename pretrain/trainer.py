@@ -131,8 +131,9 @@ class _Run:
         probe = self._probe_loss()
         if state.probe_loss is not None and abs(probe - state.probe_loss) > 1e-3 * abs(state.probe_loss):
             raise Refusal(
-                f"The checkpoint of step {resumed.step} in {self.folder.checkpoints} does not come back as it was saved: its probe loss was "
-                f"{state.probe_loss:.6f} and is {probe:.6f} now. Another version of a package may read it otherwise: compare run.json."
+                f"The checkpoint of step {resumed.step} in {self.folder.checkpoints} does not come back as it was saved: its probe "
+                f"loss was {state.probe_loss:.6f} and is {probe:.6f} now. Another version of a package may read it otherwise: "
+                f"compare the versions in run.json."
             )
         return state.telemetry
 

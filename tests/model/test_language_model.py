@@ -103,7 +103,9 @@ def test_depths_are_evaluated_from_one_proposal(kind: str) -> None:
         want = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view_as(targets)
         torch.testing.assert_close(record[f"nll/{depth}"], want, rtol=1e-5, atol=1e-6)
         if depth != 0:
-            assert {f"{key}/{depth}" for key in KEYS} <= set(record)
+            assert record[f"iterations/{depth}"].shape == record[f"converged/{depth}"].shape == (2,)
+            if isinstance(depth, int):
+                assert record[f"iterations/{depth}"].tolist() == [depth] * 2
             distance = record[f"proposal_distance/{depth}"]
             assert distance.shape == (2,)
             assert (distance > 0).all()
@@ -126,7 +128,7 @@ def test_iterations_lower_the_loss_of_a_trained_model(trained: LanguageModel) ->
     proposal, one, solved = (float(record[f"nll/{depth}"].mean()) for depth in (0, 1, "auto"))
     assert solved < proposal, "what was trained is the equilibrium, so it must predict better than the proposal"
     assert solved < one + 0.05
-    assert float(record["solver_converged/auto"]) == 1.0
+    assert bool(record["converged/auto"].all())
 
 
 def test_training_and_evaluation_see_the_same_equilibrium(trained: LanguageModel) -> None:
