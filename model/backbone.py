@@ -29,7 +29,7 @@ class Backbone(nn.Module):
             table = str(layer)
             values = self.value_embeddings[table](tokens) if table in self.value_embeddings else None
             if self.recompute and self.training:
-                x = x + checkpoint(block, x, context, None, values, use_reentrant=False)
+                x = x + checkpoint(block, x, context, None, values, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = x + block(x, context, None, values)
         return x

@@ -62,8 +62,13 @@ class BackboneConfig:
             f"model.width={self.width} must be an even multiple of model.heads={self.heads}: choose heads so that width / heads is even.",
         )
         _require(
-            self.heads % self.key_value_heads == 0,
-            f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}.",
+            self.key_value_heads > 0 and self.heads % self.key_value_heads == 0,
+            f"model.kv_heads={self.kv_heads} must be positive and divide model.heads={self.heads}.",
+        )
+        _require(self.hidden > 0, f"model.mlp_width must be positive, not {self.mlp_width}.")
+        _require(
+            not self.value_embeddings or 0 < self.value_gate_channels <= self.width,
+            f"model.value_embeddings needs model.value_gate_channels={self.value_gate_channels} to lie in 1 ... model.width={self.width}.",
         )
         _require(self.backbone_layers >= 1, f"model.backbone_layers must be at least 1, not {self.backbone_layers}.")
         _require(
@@ -129,7 +134,7 @@ class SolverConfig:
     max_iterations: int = 64
     min_iterations: int = 1
     """Evaluations before the first convergence test."""
-    patience: int = 4
+    patience: int = 3
     """A sequence whose residual has set no new low for so many evaluations is stopped: bf16 cannot go below its rounding, and
     an untrained map may not contract. It counts as not converged."""
     stop: Literal["norm", "max_token"] = "norm"
@@ -153,6 +158,7 @@ class SolverConfig:
         )
         _require(self.history >= 1, f"solver.history must be at least 1, not {self.history}; method=picard uses none.")
         _require(0 < self.damping <= 1, f"solver.damping must lie in (0, 1], not {self.damping}.")
+        _require(self.ridge >= 0, f"solver.ridge must not be negative, not {self.ridge}.")
 
     @property
     def fixed(self) -> bool:
@@ -189,6 +195,10 @@ class GradientConfig:
             _require(value is None or value > 0, f"gradient.{name} must be above 0 or left out, not {value}.")
         for name in ("convergence_penalty", "jacobian_penalty"):
             _require(getattr(self, name) >= 0, f"gradient.{name} must be 0 (off) or above, not {getattr(self, name)}.")
+            _require(
+                getattr(self, name) == 0 or self.mode != "phantom",
+                f"gradient.{name} needs one application at the equilibrium, which gradient.mode=phantom lacks: choose another mode.",
+            )
 
 
 @dataclass(frozen=True)

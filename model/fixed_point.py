@@ -24,7 +24,7 @@ Shapes: y [b, s, w]; b sequences are independent of each other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,7 +74,11 @@ class _Mixer:
         self.over = (-2, -1) if config.mixing == "sequence" else (-1,)
         self.previous: tuple[Tensor, Tensor, Tensor] | None = None  # value, change, ||change||^2 of the mixing unit
         self.differences: list[tuple[Tensor, Tensor]] = []  # (dF, dR), newest first
-        self.fallbacks: Tensor | int = 0
+        self.fallbacks: Tensor | None = None
+
+    def fallbacks_on(self, device: torch.device) -> Tensor:
+        """The count as a scalar there; nothing is copied from the host."""
+        return torch.zeros((), dtype=torch.int64, device=device) if self.fallbacks is None else self.fallbacks
 
     def select(self, rows: Tensor) -> None:
         """Keep only some sequences."""
@@ -101,7 +105,7 @@ class _Mixer:
         bad = (size > old_size) | ~mixed.isfinite().all(dim=-1, keepdim=True)
         if len(self.over) == 2:
             bad = bad.any(dim=-2, keepdim=True)
-        self.fallbacks = self.fallbacks + bad.sum()
+        self.fallbacks = bad.sum() if self.fallbacks is None else self.fallbacks + bad.sum()
         return torch.where(bad, plain, mixed)
 
     def _mix(self, plain: Tensor, change: Tensor) -> Tensor:
@@ -165,7 +169,7 @@ def _solve_fixed(f: Map, y: Tensor, config: SolverConfig) -> Solution:
             y = mixer.next(y, value, change)
     residual = relative_residual(change, y, config.stop)
     counts = torch.full((batch,), config.max_iterations, device=y.device)
-    fallbacks = torch.as_tensor(mixer.fallbacks, device=y.device)
+    fallbacks = mixer.fallbacks_on(y.device)
     return Solution(value, residual, counts, residual < config.tolerance, batch * config.max_iterations, fallbacks)
 
 
@@ -211,19 +215,19 @@ def _solve_adaptive(f: Map, y: Tensor, config: SolverConfig, restrict: Callable[
         torch.tensor(iterations, device=device),
         torch.tensor(converged, device=device),
         evaluations,
-        torch.as_tensor(mixer.fallbacks, device=device),
+        mixer.fallbacks_on(device),
     )
 
 
 @torch.no_grad()
 def solve_strict(f: Map, start: Tensor, config: SolverConfig) -> Solution:
-    """The fixed point as generation with a cache finds it: a token is done once its own residual is below tolerance and every
-    token before it is done, and is frozen from then on. So no output depends on when later tokens converge.
+    """The fixed point as generation with a cache finds it, within the tolerance: a token is done once its own residual is below
+    tolerance and every token before it is done, and is frozen from then on. So no output depends on when later tokens converge.
 
     Every position must be evaluated until the last is done: for evaluation, not for training.
     """
     y = start.detach().to(torch.promote_types(start.dtype, torch.float32))
-    mixer, batch = _Mixer(config), y.shape[0]
+    mixer, batch = _Mixer(replace(config, mixing="token")), y.shape[0]  # over sequences, later tokens would enter
     done = torch.zeros(y.shape[:2], dtype=torch.bool, device=y.device)
     state, iterations = y, torch.zeros(batch, dtype=torch.int64, device=y.device)
     for iteration in range(1, config.max_iterations + 1):
@@ -236,5 +240,5 @@ def solve_strict(f: Map, start: Tensor, config: SolverConfig) -> Solution:
         if iteration == config.max_iterations or bool(done.all()):
             break
         y = torch.where(done[..., None], state, mixer.next(y, value, change))
-    fallbacks = torch.as_tensor(mixer.fallbacks, device=y.device)
+    fallbacks = mixer.fallbacks_on(y.device)
     return Solution(state, residual.amax(dim=-1), iterations, done.all(dim=-1), iteration * batch, fallbacks)

@@ -56,11 +56,10 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        first, second = x.chunk(2, dim=-1)
-        y = torch.empty_like(x)
-        left, right = y.chunk(2, dim=-1)
-        torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=right).addcmul_(first, sin)
+        half = cos.shape[-1]
+        y = x * torch.cat((cos, cos), dim=-1)
+        y[..., :half].addcmul_(x[..., half:], sin, value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin)
         return y
 
     @staticmethod

@@ -16,11 +16,13 @@ The value returned is f(y*): the equilibrium after one application more. Shapes:
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from model.config import GradientConfig, SolverConfig
@@ -50,7 +52,8 @@ def attach(f: Map, equilibrium: Tensor, config: GradientConfig, solver: SolverCo
         return Attached(_phantom(apply, point, config), None, products)
     needs_point = config.mode != "one_step" or config.jacobian_penalty > 0
     point.requires_grad_(needs_point)
-    output = f(point) if needs_point else apply(point)
+    with sdpa_kernel(SDPBackend.MATH) if config.jacobian_penalty else nullcontext():  # no fused kernel has a second derivative
+        output = f(point) if needs_point else apply(point)
     penalty = _penalty(output, point, config) if config.convergence_penalty or config.jacobian_penalty else None
     if config.mode != "one_step":
         output = _Adjoint.apply(output, point, config, solver, products)
@@ -58,7 +61,7 @@ def attach(f: Map, equilibrium: Tensor, config: GradientConfig, solver: SolverCo
 
 
 def _recomputed(f: Map) -> Map:
-    return lambda y: checkpoint(f, y, use_reentrant=False)
+    return lambda y: checkpoint(f, y, use_reentrant=False, preserve_rng_state=False)
 
 
 def _phantom(f: Map, y: Tensor, config: GradientConfig) -> Tensor:

@@ -12,7 +12,7 @@ construction nor on how a layout cuts the model. The published code then orthogo
 from __future__ import annotations
 
 import math
-from zlib import crc32
+from hashlib import sha256
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def initialise(model: LanguageModel, seed: int) -> None:
             stds.update((id(parameter), 0.0) for parameter in module.parameters())
     for name, parameter in model.named_parameters():
         if id(parameter) in stds:
-            _truncated_normal(parameter, stds[id(parameter)], (seed << 32) + crc32(name.encode()))
+            _truncated_normal(parameter, stds[id(parameter)], _seed(seed, name))
 
 
 def _outputs(module: nn.Module) -> list[Tensor]:
@@ -50,11 +50,16 @@ def _outputs(module: nn.Module) -> list[Tensor]:
     return list(module.down.parameters()) if isinstance(module, MLP) else []
 
 
+def _seed(seed: int, name: str) -> int:
+    """32 bits of both: the CPU's generator drops every higher one."""
+    return int.from_bytes(sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+
+
 def _truncated_normal(parameter: Tensor, std: float, seed: int) -> None:
     if std == 0:
         parameter.zero_()
         return
-    generator = torch.Generator().manual_seed(seed % (1 << 63))
+    generator = torch.Generator().manual_seed(seed)
     values = torch.empty(parameter.shape, dtype=torch.float32)
     nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
     parameter.copy_(values)

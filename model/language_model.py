@@ -105,6 +105,8 @@ class LanguageModel(nn.Module):
 
     def compile_maps(self) -> None:
         """torch.compile the backbone and the map f in place; the solver's loop stays outside."""
+        if self.config.gradient.mode in ("neumann", "adjoint"):
+            torch._functorch.config.donated_buffer = False  # their backward goes through the graph of f more than once
         self.backbone.compile()
         if self.refine is not None:
             self.refine.attractor.compile()
@@ -115,7 +117,7 @@ def solver_record(solution: Solution) -> Record:
     batch, device = solution.iterations.shape[0], solution.residual.device
     return {
         "solver_iterations": solution.iterations.float().mean(),
-        "solver_evaluations": torch.tensor(solution.evaluations / batch, device=device),
+        "solver_evaluations": torch.full((), solution.evaluations / batch, device=device),
         "solver_residual": solution.residual.amax(),
         "solver_converged": solution.converged.float().mean(),
         "solver_fallbacks": solution.fallbacks,

@@ -84,7 +84,7 @@ class ChannelGate(nn.Module):
         self.maximum = maximum
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.maximum * torch.sigmoid(self.raw))
+        return x * (self.maximum * torch.sigmoid(self.raw.to(torch.promote_types(self.raw.dtype, torch.float32)))).to(x.dtype)
 
 
 class MLP(nn.Module):

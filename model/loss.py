@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100
 _LOGITS_AT_ONCE = 1 << 25  # elements: 128 MiB in fp32, large enough to keep a GPU's matrix units full
@@ -55,6 +56,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grads[0]

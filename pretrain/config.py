@@ -158,6 +158,11 @@ class Recipe(Section):
                 f"schedule.warmup={self.schedule.warmup} and schedule.decay={self.schedule.decay} together exceed the whole run: "
                 "the two shares may add up to 1 at most."
             )
+        if self.train.compile and self.gradient.jacobian_penalty:
+            raise ValueError(
+                "train.compile=true cannot be combined with gradient.jacobian_penalty: the penalty is differentiated twice, which "
+                "torch.compile does not support. Leave one of them out."
+            )
         self.check_world(1)
         if self.data.sequence_length is not None:
             self.steps(self.data.sequence_length)

@@ -26,8 +26,6 @@ def build_model(recipe: Recipe, device: torch.device) -> LanguageModel:
     """The recipe's model in fp32, with its first weights (which depend on train.seed alone), compiled if the recipe says so."""
     model = build(recipe.architecture, device=device, seed=recipe.train.seed, recompute=recipe.train.recompute)
     if recipe.train.compile:
-        if recipe.gradient.mode in ("neumann", "adjoint"):  # their backward goes through the graph of f more than once
-            torch._functorch.config.donated_buffer = False
         model.compile_maps()
     return model
 
