@@ -30,16 +30,16 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (dy,) = grads
         x, gain, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again: the scale depends on x
+        again = torch.is_grad_enabled()  # to be differentiated again: the scale depends on x, and nothing may change in place
+        if again:
             scale = _scale(x, ctx.eps)
         normed = x * scale
         product = dy * normed
-        if gain is None:
-            mean = product.mean(dim=-1, keepdim=True)
-            return scale * torch.addcmul(dy, normed, mean, value=-1), None, None
-        mean = (product @ gain)[..., None] / x.shape[-1]
-        dx = scale * torch.addcmul(dy * gain, normed, mean, value=-1)
-        return dx, product.flatten(0, -2).sum(0), None
+        scaled = dy * gain if gain is not None else dy
+        mean = (product @ gain)[..., None] / x.shape[-1] if gain is not None else product.mean(dim=-1, keepdim=True)
+        dx = torch.addcmul(scaled, normed, mean, value=-1)
+        dx = dx * scale if again else dx.mul_(scale)
+        return dx, None if gain is None else product.flatten(0, -2).sum(0), None
 
 
 def _scale(x: Tensor, eps: float) -> Tensor:
@@ -82,7 +82,7 @@ class _ReluSquared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return x.clamp_min(0) * (2 * grads[0])
+        return torch.addcmul(x.new_zeros(()), x.clamp_min(0), grads[0], value=2)  # the factor at no further pass
 
 
 def relu2(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ Importing this file imports no torch, so that the command line can refuse before
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -100,10 +101,25 @@ class RunFolder:
     def begin(self, config: str, command: Sequence[str], *, step: int = 0) -> None:
         """Writes config.yaml, adds this start to run.json, and drops every record after `step`, the step resumed from (0: all).
 
-        Called once it is certain that the run goes on: after the checkpoint is loaded, before the first record.
+        Called on every rank once it is certain that the run goes on: after the checkpoint is loaded, before the first record. Raises
+        RunStopped (code 5) on all of them when the disk refuses.
         """
-        if not self.writes:
-            return
+        from pretrain.agreement import gather
+
+        fault = ""
+        try:
+            if self.writes:
+                self._begin(config, command, step)
+        except OSError as error:
+            fault = str(error.strerror)
+        if said := next((text for text in gather(fault) if text), ""):
+            raise RunStopped(
+                f"The run folder {self.path} could not be written: {said}. No step was trained; checkpoints are untouched. Make room on "
+                f"that disk, then start again (with --resume if the folder holds a run).",
+                BAD_CHECKPOINT_WRITE,
+            )
+
+    def _begin(self, config: str, command: Sequence[str], step: int) -> None:
         starts = self.path / STARTS
         before = json.loads(starts.read_text())["starts"] if starts.exists() else []
         durable.write_atomically(self.path / CONFIG, config)
@@ -146,11 +162,19 @@ class Records:
             self._file.write(dump(record) + "\n")
             self._file.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):  # what is still in the buffer is refused once more, and the file closed all the same
+                self.close()
+            self._file = None
             raise RunStopped(
                 f"The record {self.path} could not be written: {error.strerror}. The last checkpoint is untouched. Make room on that disk, "
                 f"then go on with --resume, which takes the record back to that checkpoint.",
                 BAD_CHECKPOINT_WRITE,
             ) from error
+
+    def last(self) -> dict[str, Any] | None:
+        """The newest object there, or None."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        return json.loads(lines[-1]) if lines else None
 
     def truncate_after(self, step: int) -> None:
         """Drops the lines of later steps, and lines a kill left unfinished (these are counted and logged). The file changes at once."""

@@ -1,15 +1,13 @@
 """A polite end: SIGTERM (schedulers, `kill`) and SIGUSR1 (Slurm's warning before the time limit) ask the run to save and stop.
 
-The handler only notes the signal. The trainer asks `agreed` after each step, on every rank; a signal may reach one rank alone or
-reach two in different steps, and all must save the same one. Ctrl-C is left alone: it interrupts, and the last checkpoint stands.
+The handler only notes the signal. A signal may reach one rank alone, or two in different steps, and all must save the same one: the note
+travels with the numbers of each step (pretrain/step.py), and a run stops once any rank's has arrived. Ctrl-C is left alone: it interrupts, and the last checkpoint stands.
 """
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
-
-from pretrain.agreement import any_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -32,7 +30,3 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on all. A collective of one byte: call it on every rank, once a step."""
-        return any_rank(self.requested)

@@ -1,17 +1,16 @@
 """What a run must remember besides weights and optimizer, so that the next step is the one it would have been.
 
-Shared by all ranks (state.json, written by rank 0): tokens, ledger, data position, schedule, counters, telemetry ids, a probe loss and
-the resolved recipe. Of each rank: the states of its random generators (random_rank_00000.json). Tensors that belong to a run are in
+Shared by all ranks (state.json, written by rank 0): tokens, ledger, data position, counters, telemetry ids, a probe loss and the resolved
+recipe. The schedule is a function of the tokens and needs no state. Of each rank: the states of its random generators (random_rank_00000.json). Tensors that belong to a run are in
 the model's or the optimizer's own state, which DeepSpeed saves.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,13 @@ FREE_KEYS = (
     "train.hang_timeout",
     "train.peak_flops",
     "train.nonfinite_limit",
+    "data.path",
     "data.workers",
     "data.cache",
 )
-"""Recipe keys (or whole sections) that may differ between a checkpoint and the run that resumes it: they do not change what is learnt."""
+"""Recipe keys (or whole sections) that may differ between a checkpoint and the run that resumes it: they do not change what is learnt.
+
+Data may move: the loader's own state, which is among what is saved, knows its shards by their hashes and refuses others."""
 
 
 @dataclass
@@ -40,26 +42,19 @@ class TrainingState:
     config: dict[str, Any]
     ledger: dict[str, Any] = field(default_factory=dict)
     loader: dict[str, Any] = field(default_factory=dict)
-    schedule: dict[str, Any] = field(default_factory=dict)
     counters: dict[str, Any] = field(default_factory=dict)
     telemetry: dict[str, Any] = field(default_factory=dict)
     probe_loss: float | None = None
 
     def to_json(self) -> str:
         """As text. Floats keep every bit; NaN and infinities are written as Python writes them."""
-        return json.dumps({"fingerprint": fingerprint(self.config), **asdict(self)}, indent=1)
+        return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> TrainingState:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. What another version wrote besides is left out."""
         stored = json.loads(text)
-        stored.pop("fingerprint")
-        return cls(**stored)
-
-
-def fingerprint(config: Mapping[str, Any]) -> str:
-    """sha256 of the recipe's keys that may not change during a run."""
-    return hashlib.sha256(json.dumps(_binding(config), sort_keys=True).encode()).hexdigest()
+        return cls(**{part.name: stored[part.name] for part in fields(cls)})
 
 
 def changed_keys(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

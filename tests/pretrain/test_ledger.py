@@ -65,6 +65,8 @@ def test_state_goes_on_where_it_was() -> None:
         ("NVIDIA H200", "bf16", 989e12),
         ("NVIDIA H100 PCIe", "bf16", 756e12),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA L40", "bf16", 181e12),
+        ("NVIDIA L4", "bf16", 121e12),
         ("Some CPU", "bf16", None),
     ],
 )

@@ -138,9 +138,30 @@ def test_a_record_is_on_the_disk_at_once_and_strict(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_record_that_cannot_be_written_stops_the_run() -> None:
+    records = Records(Path("/dev/full"), writes=True)
     with pytest.raises(RunStopped, match="No space left on device") as stopped:
-        Records(Path("/dev/full"), writes=True).append({"step": 1})
+        records.append({"step": 1})
     assert stopped.value.code == BAD_CHECKPOINT_WRITE
+    records.close()  # at the run's end: what could not be written must not be tried, and refused, again
+
+
+def test_a_start_that_cannot_be_written_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, writer: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = RunFolder.open(tmp_path / "run", resume=False)
+    monkeypatch.setattr(durable, "write", full)
+    with pytest.raises(RunStopped, match=r"No space left on device\. No step was trained") as stopped:
+        folder.begin("train: {}\n", [])
+    assert stopped.value.code == BAD_CHECKPOINT_WRITE
+
+
+def test_the_last_record(tmp_path: Path) -> None:
+    records = Records(tmp_path / "metrics.jsonl", writes=True)
+    assert records.last() is None
+    for step in (1, 2):
+        records.append({"step": step})
+    assert records.last() == {"step": 2}
 
 
 def test_summary_is_replaced_whole(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stop requests: the signals are noted and nothing else happens; all ranks agree (that part runs on two ranks in test_checkpoint)."""
+"""Stop requests: the signals are noted and nothing else happens. How ranks agree is in test_trainer.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pretrain.signals import StopRequest
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_noted_and_nothing_else(number: signal.Signals) -> None:
     with StopRequest() as stop:
-        assert not stop.agreed()
+        assert not stop.requested
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
-        assert stop.agreed()
+        assert stop.requested
 
 
 def test_earlier_handlers_come_back() -> None:
