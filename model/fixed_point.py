@@ -101,18 +101,16 @@ class _Mixer:
         old_value, old_change, old_size = self.previous
         self.previous = value, change, size
         self.differences = [(value - old_value, change - old_change), *self.differences][: self.history]
-        mixed = self._mix(plain, change)
-        bad = (size > old_size) | ~mixed.isfinite().all(dim=-1, keepdim=True)
-        if len(self.over) == 2:
-            bad = bad.any(dim=-2, keepdim=True)
+        gammas = self._coefficients(change)
+        bad = size > old_size
+        for gamma in gammas:
+            bad = bad | ~gamma.isfinite()
         self.fallbacks = bad.sum() if self.fallbacks is None else self.fallbacks + bad.sum()
-        return torch.where(bad, plain, mixed)
-
-    def _mix(self, plain: Tensor, change: Tensor) -> Tensor:
-        for (dvalue, dchange), gamma in zip(self.differences, self._coefficients(change), strict=True):
+        mixed = plain
+        for (dvalue, dchange), gamma in zip(self.differences, gammas, strict=True):
             direction = dvalue if self.damping == 1 else dvalue - (1 - self.damping) * dchange
-            plain = torch.addcmul(plain, gamma, direction, value=-1)
-        return plain
+            mixed = torch.addcmul(mixed, gamma, direction, value=-1)
+        return torch.where(bad, plain, mixed)
 
     def _coefficients(self, change: Tensor) -> list[Tensor]:
         """gamma of min ||change - sum_j gamma_j dR_j||^2, by LDL^T of the Gram matrix; a pivot never falls below its ridge."""
