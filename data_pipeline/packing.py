@@ -8,8 +8,6 @@ Windows do not overlap: concatenated they are exactly the documents, every token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,13 +32,3 @@ class Packer:
         """The ids held back [0 .. length - 1]; the packer is empty afterwards."""
         held, self._held = self._held, self._held[:0]
         return held
-
-
-def pack(documents: Iterable[NDArray], length: int, dtype: np.dtype) -> Iterator[NDArray]:
-    """Windows of `length` ids over the concatenated documents; the last may be shorter."""
-    packer = Packer(length, dtype)
-    for document in documents:
-        yield from packer.push(document)
-    rest = packer.finish()
-    if len(rest):
-        yield rest

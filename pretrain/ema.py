@@ -37,7 +37,9 @@ def averaged_weights(engine: DeepSpeedEngine) -> Iterator[None]:
     """Within it the module computes with the averaged weights. Collective; no optimizer step may happen inside.
 
     An error inside ends the run: the weights are then left as they are, since a rank that fails alone (a damaged shard) must not enter
-    the collectives of an exchange that the others do not enter. Raises ValueError when the run keeps no average. Before the first step the average is the weights themselves.
+    the collectives of an exchange that the others do not enter.
+
+    Raises ValueError when the run keeps no average. Before the first step the average is the weights themselves.
     """
     if client_optimizer(engine).ema is None:
         raise ValueError("This run keeps no average of its weights: set optimizer.ema, for instance to 0.999.")

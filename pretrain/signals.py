@@ -1,7 +1,8 @@
 """A polite end: SIGTERM (schedulers, `kill`) and SIGUSR1 (Slurm's warning before the time limit) ask the run to save and stop.
 
 The handler only notes the signal. A signal may reach one rank alone, or two in different steps, and all must save the same one: the note
-travels with the numbers of each step (pretrain/step.py), and a run stops once any rank's has arrived. Ctrl-C is left alone: it interrupts, and the last checkpoint stands.
+travels with the numbers of each step (pretrain/step.py), and a run stops once any rank's has arrived. Ctrl-C is left alone: it
+interrupts, and the last checkpoint stands.
 """
 
 from __future__ import annotations

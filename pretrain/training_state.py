@@ -1,8 +1,8 @@
 """What a run must remember besides weights and optimizer, so that the next step is the one it would have been.
 
 Shared by all ranks (state.json, written by rank 0): tokens, ledger, data position, counters, telemetry ids, a probe loss and the resolved
-recipe. The schedule is a function of the tokens and needs no state. Of each rank: the states of its random generators (random_rank_00000.json). Tensors that belong to a run are in
-the model's or the optimizer's own state, which DeepSpeed saves.
+recipe. The schedule is a function of the tokens and needs no state. Of each rank: the states of its random generators
+(random_rank_00000.json). Tensors that belong to a run are in the model's or the optimizer's own state, which DeepSpeed saves.
 """
 
 from __future__ import annotations

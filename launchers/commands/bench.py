@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,18 +51,24 @@ def parse_counts(text: str) -> list[int]:
 def step(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The model and batch to time.")] = "demo",
     overrides: Overrides = None,
-    iterations: Annotated[str, typer.Option("--iterations", metavar="1,8,64", help="Fixed solver iterations, one row each.")] = "1,8,64",
+    iterations: Annotated[str, typer.Option("--iterations", metavar="1,8,64", help="Fixed solver iterations to time.")] = "1,8,64",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps a row, after a warm-up.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Time a training step by part, at fixed numbers of solver iterations."""
+    """Time a training step by part, at fixed numbers of solver iterations and (auto) as the recipe solves."""
     resolved = load_recipe(recipe, overrides or [])
     counts = parse_counts(iterations)
 
     def compute() -> list[Row]:
         from pretrain.bench import bench_step
 
-        return bench_step(resolved, counts, steps)
+        try:
+            return bench_step(resolved, counts, steps)
+        except BrokenProcessPool as error:
+            raise Refusal(
+                f"The process that timed {resolved.run.name!r} was ended from outside, most likely because memory ran out: `attractor "
+                f"plan` shows what a step needs. Lower train.micro_batch (now {resolved.train.micro_batch}), or set train.recompute=true."
+            ) from error
 
     deliver(as_json, compute, lambda rows: _show("Training step", rows))
 
@@ -119,6 +126,8 @@ def _show(title: str, rows: list[Row]) -> None:
     for row in rows:
         table.add_column(str(row[first]), justify="right")
     for name in names:
+        if all(row.get(name) is None for row in rows):  # such as mfu, where the peak is not known
+            continue
         table.add_row(name.replace("_", " "), *(_cell(name, row.get(name)) for row in rows))
     console().print(table)
 

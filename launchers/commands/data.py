@@ -62,7 +62,8 @@ def prepare(
         Path | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json to use.", show_default=False)
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", metavar="N", help="Train a byte-pair tokenizer of this size instead.", show_default=False)
+        int | None,
+        typer.Option("--vocab-size", metavar="N", help="Train a byte-pair tokenizer of this size instead.", show_default="32768"),
     ] = None,
     sequence_length: Annotated[int, typer.Option("--sequence-length", metavar="S", help="Tokens a training sequence.")] = 1024,
     validation: Annotated[

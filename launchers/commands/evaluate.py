@@ -82,12 +82,13 @@ def _compare(run: Path) -> list[dict[str, Any]]:
 def _show_solvers(rows: list[dict[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("solver")
-    for column in ("evaluations", "seconds a batch", "loss", "leak"):
+    for column in ("evaluations", "seconds", "loss", "leak"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(row["solver"], f"{row['evaluations']:.2f}", f"{row['solve_seconds']:.3f}", f"{row['loss']:.4f}", f"{row['leak']:.1e}")
     out = console()
     out.print(table)
+    out.print("seconds: of the solve of one batch.")
     out.print("leak: relative change of the first three quarters of the states when the last quarter of the tokens is replaced.")
 
 

@@ -11,9 +11,13 @@ from rich.table import Table
 from launchers.commands.train import Overrides, Recipe
 from launchers.output import console, deliver, si, size
 from launchers.plan import Plan, make_plan
-from pretrain.config import load_recipe
+from pretrain.config import load_recipe, recipe_names
 
-EPILOG = """\
+EPILOG = f"""\
+[bold]Recipes[/]
+
+  {", ".join(recipe_names())}
+
 [bold]Examples[/]
 
   attractor plan attractor-140m
@@ -107,8 +111,9 @@ def _batch(plan: Plan) -> Table:
     batch = plan.batch
     table = _table("Run", "", "number", "how")
     table.columns[2].justify = "left"
-    ranks = f"{batch['micro_batch']} a micro-batch x {batch['accumulation']} accumulated x {batch['data_ranks']} data ranks"
-    table.add_row("sequences a step", str(batch["global_batch"]), ranks)
+    ranks = f"{batch['data_ranks']} rank{'s' if batch['data_ranks'] > 1 else ''}"
+    how = f"{batch['micro_batch']} a micro-batch x {batch['accumulation']} accumulated x {ranks}"
+    table.add_row("sequences a step", str(batch["global_batch"]), how)
     table.add_row("tokens a step", f"{batch['tokens_per_step']:,}", f"x {plan.sequence_length} tokens")
     table.add_row("steps", f"{batch['steps']:,}", f"in a budget of {batch['budget']:,} tokens")
     iterations = "" if plan.expected_iterations is None else f" at {plan.expected_iterations:g} iterations"

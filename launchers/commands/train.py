@@ -40,7 +40,10 @@ EPILOG = """\
 The same run by DeepSpeed's launcher: deepspeed pretrain/train.py RECIPE key=value ...
 """
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, such as demo, or a YAML file.", show_default=False)]
+Recipe = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A name that `attractor plan --help` lists, such as demo, or a YAML file.", show_default=False),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="section.key=value", help="Changes to the recipe, such as train.tokens=2e9.", show_default=False),
@@ -58,8 +61,10 @@ def command(
     changes = list(overrides or [])
     resolved = load_recipe(recipe, changes)
     resolved.check_world(procs)
-    for path, _ in resolved.sources:
-        open_manifest(path, resolved.data.cache)
+    for number, (path, _) in enumerate(resolved.sources):
+        manifest = open_manifest(path, resolved.data.cache)
+        for split in ("train",) if number else ("train", "validation"):  # a run evaluates on its first set
+            manifest.split(split, path)
     guard(Path(resolved.run.dir), resume=resume)
     if procs == 1:
         from pretrain.train import run
@@ -69,3 +74,4 @@ def command(
         code = launch([str(ENTRY), recipe, *changes, *(["--resume"] if resume else [])], procs)
         if code:
             raise typer.Exit(code)
+    print(f"The run is whole in {resolved.run.dir}. Next: attractor evaluate {resolved.run.dir}")

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ class TestErrors:
 class TestTrain:
     @pytest.fixture
     def prepared(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(train, "open_manifest", lambda path, cache: None)
+        manifest = types.SimpleNamespace(split=lambda name, where: None)
+        monkeypatch.setattr(train, "open_manifest", lambda path, cache: manifest)
 
     def test_one_process_trains_here(self, monkeypatch: pytest.MonkeyPatch, prepared: None, tmp_path: Path) -> None:
         calls: list[Any] = []
@@ -130,6 +132,17 @@ class TestTrain:
         folder = f"run.dir={tmp_path / 'run'}"
         assert run("train", "demo", "data.path=x", folder).exit_code == 0
         assert calls == [("demo", ["data.path=x", folder], False)]
+
+    def test_a_missing_validation_split_is_found_before_the_first_step(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def split(name: str, where: str) -> None:
+            if (name, where) == ("validation", "a"):
+                raise Refusal("a has no split 'validation'")
+
+        monkeypatch.setattr(train, "open_manifest", lambda path, cache: types.SimpleNamespace(split=split))
+        monkeypatch.setattr("pretrain.train.run", lambda *_: None)
+        assert "no split" in run("train", "demo", "data.path=a", f"run.dir={tmp_path}").stderr
+        mixture = "data.path=[{path: b, weight: 1}, {path: a, weight: 1}]"  # evaluated on its first set
+        assert run("train", "demo", mixture, f"run.dir={tmp_path}").exit_code == 0
 
     def test_several_processes_are_launched_with_the_same_words(
         self, monkeypatch: pytest.MonkeyPatch, prepared: None, tmp_path: Path
@@ -216,6 +229,14 @@ class TestJson:
         shown = run("bench", "step").stdout
         assert "12.3 k" in shown
         assert "1 GiB" in shown
+
+    def test_bench_step_that_the_system_ended_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def bench_step(*_: Any) -> None:
+            raise BrokenProcessPool("terminated abruptly")
+
+        stand_in(monkeypatch, "pretrain.bench", bench_step=bench_step)
+        result = run("bench", "step")
+        assert (result.exit_code, "train.micro_batch" in result.stderr) == (2, True)
 
     def test_plan_in_a_process_where_torch_must_not_be_imported(self) -> None:
         code = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'attractor'; from launchers.cli import main; main()"

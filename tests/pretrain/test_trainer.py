@@ -1,4 +1,4 @@
-"""The trainer's loop through real runs: non-finite steps, accumulation, bf16, mirrors, data that does not fit, a run that is finished.
+"""The trainer's loop through real runs: non-finite steps, a full disk, accumulation, bf16, mirrors, data that does not fit, a finished run.
 
 Two launches, of one rank and of two, make all runs (trainer_ranks.py); the tests look at what each left behind.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.errors import NON_FINITE, SIGNALLED
+from pretrain.errors import BAD_CHECKPOINT_WRITE, NON_FINITE, SIGNALLED
 from tests.distributed.ranks import run_ranks
 from tests.pretrain.tiny_run import BATCH, LENGTH, SETTINGS, prepare_text
 
 TARGET = "tests.pretrain.trainer_ranks:runs"
-KEYS = (
-    "step tokens loss lr grad_norm tokens_per_second step_seconds mfu flops_step flops_total solver_iterations solver_evaluations "
-    "solver_residual solver_converged memory_bytes"
-).split()
+KEYS = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "flops_step", "flops_total"]
+KEYS += ["solver_iterations", "solver_evaluations", "solver_residual", "solver_converged", "memory_bytes"]
 SUMMARY = "summary.json"
 
 
@@ -65,11 +64,12 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     tokenizer["model"]["merges"].reverse()
     (other_tokenizer / "tokenizer.json").write_text(json.dumps(tokenizer))
     mirrored = ("telemetry.tensorboard=true", "telemetry.wandb=offline", "train.precision=bf16", "evaluation.every=2")
+    adamw = ("optimizer.name=adamw", "optimizer.eps=1e-4")  # larger than rounding, which Adam would else blow up to full steps
     cases = {
         "skips": case(folder, data, "skips", "train.nonfinite_limit=3", "train.log_every=4", broken=[2, 3]),
         "fatal": case(folder, data, "fatal", "train.nonfinite_limit=2", "layout.zero=0", broken=[2, 4, 5]),
-        "whole batch": case(folder, data, "whole batch", "train.micro_batch=4", "optimizer.name=adamw", steps=3),
-        "two micro-batches": case(folder, data, "two micro-batches", "train.micro_batch=2", "optimizer.name=adamw", steps=3),
+        "whole batch": case(folder, data, "whole batch", "train.micro_batch=4", *adamw, "train.seed=1", steps=3),
+        "two micro-batches": case(folder, data, "two micro-batches", "train.micro_batch=2", *adamw, "train.seed=1", steps=3),
         "bf16": case(folder, data, "bf16", *mirrored, "layout.zero=1", "data.mask_documents=true"),
         "finished": case(folder, data, "bf16", *mirrored, "layout.zero=1", "data.mask_documents=true", resume=True),
         "vocabulary": case(folder, data, "vocabulary", "model.vocabulary_size=256"),
@@ -79,6 +79,8 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     shutil.copytree(data, folder / "moved")
     cases["stopped"] = case(folder, data, "moving", signalled=2)
     cases["data moved"] = case(folder, folder / "moved", "moving", resume=True)
+    cases["disk full"] = case(folder, data, "full", "checkpoint.every=2", full_at=4)
+    cases["room again"] = case(folder, data, "full", "checkpoint.every=2", resume=True)
     cases["stopped too"] = case(folder, data, "mixing", signalled=2)
     cases["data changed"] = case(folder, prepare_text(folder / "longer", sequence_length=17), "mixing", resume=True)
     cases["data changed"]["overrides"].append("data.sequence_length=17")
@@ -89,7 +91,9 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def together(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("together")
     cases = {
-        "one rank breaks": case(folder, data, "one rank breaks", "layout.zero=3", "train.nonfinite_limit=2", broken=[2, 4, 5], broken_rank=1),
+        "one rank breaks": case(
+            folder, data, "one rank breaks", "layout.zero=3", "train.nonfinite_limit=2", broken=[2, 4, 5], broken_rank=1
+        ),
         "one rank is asked": case(folder, data, "one rank is asked", "train.precision=bf16", "layout.zero=2", signalled=3, signal_rank=1),
     }
     return launch(folder, 2, cases)
@@ -140,18 +144,29 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(together: Runs) -> 
     assert together.records("one rank is asked")[-1]["step"] == 3
 
 
+def test_a_full_disk_ends_the_run_and_harms_nothing(alone: Runs) -> None:
+    (full,), (again,) = alone.results["disk full"], alone.results["room again"]
+    assert full["code"] == BAD_CHECKPOINT_WRITE
+    assert "step-00000002 is untouched and stays valid" in full["message"]
+    assert "No space left on device" in full["message"]
+    assert again["code"] == 0
+    assert len(again["steps"]) == 4, "from step 2 to 6"
+    assert [record["step"] for record in alone.records("full")] == [1, 2, 3, 4, 5, 6]
+    assert [step[:2] for step in again["steps"][:2]] == [step[:2] for step in full["steps"][2:]]
+
+
 # --- batches and precision
 
 
 def test_accumulation_equals_one_large_batch(alone: Runs) -> None:
-    """1e-6: the same sums in another order."""
+    """1e-6: the same sums in another order (1e-5 for weights, which begin at zero in part and whose Adam steps magnify it)."""
     (large,), (small,) = alone.results["whole batch"], alone.results["two micro-batches"]
     assert [step[4] for step in large["steps"]] == [step[4] for step in small["steps"]]
     for one, two in zip(large["steps"], small["steps"], strict=True):
         assert two[:2] == pytest.approx(one[:2], rel=1e-6)
     one_weights, two_weights = alone.weights("whole batch"), alone.weights("two micro-batches")
     for name, weight in one_weights.items():
-        torch.testing.assert_close(two_weights[name], weight, rtol=1e-6, atol=1e-6, msg=name)
+        assert torch.linalg.vector_norm(two_weights[name] - weight) <= 1e-5 * torch.linalg.vector_norm(weight), name
 
 
 def test_bf16_trains_and_evaluates(alone: Runs) -> None:
@@ -210,8 +225,6 @@ def test_mirrors_show_what_the_record_holds(alone: Runs) -> None:
     ],
 )
 def test_data_that_does_not_fit_is_refused_before_the_run_begins(alone: Runs, name: str, said: str) -> None:
-    import re
-
     (result,) = alone.results[name]
     assert result["code"] == 2
     assert re.search(said, result["message"]), result["message"]

@@ -35,7 +35,7 @@ GOLDEN = Path(__file__).with_name("golden_losses.txt")
 
 
 def prepare_text(folder: Path, *, sequence_length: int = LENGTH) -> Path:
-    """19 windows an epoch (of 16): a run of 80 samples passes several ends of an epoch."""
+    """24 windows of 16 an epoch, the last of them short: a run of 80 samples passes several ends of an epoch."""
     text = "\n<|endoftext|>\n".join(f"Document {n} says that {n} times {n} is {n * n}, and little else." for n in range(24))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "corpus.txt").write_text(text)

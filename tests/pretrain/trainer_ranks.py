@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import sys
@@ -18,14 +19,17 @@ def runs(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     overrides    of the recipe `demo`
     resume       (false)
     broken       steps at which `broken_rank` (0) has a loss that is NaN
+    full_at      the step whose checkpoint finds the disk full
     signalled    the step before which `signal_rank` (0) is asked to stop
     """
     from pretrain.config import TrainSection
     from pretrain.runtime import process_group
 
-    with process_group(TrainSection(tokens=1, device="cpu")) as device:
-        with patch("pretrain.trainer.process_group", lambda settings: contextlib.nullcontext(device)):
-            return [_one(case) for case in cases]
+    with (
+        process_group(TrainSection(tokens=1, device="cpu")) as device,
+        patch("pretrain.trainer.process_group", lambda settings: contextlib.nullcontext(device)),
+    ):
+        return [_one(case) for case in cases]
 
 
 def _one(case: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +61,7 @@ def _disturbed(case: dict[str, Any], steps: list[list[Any]]) -> Iterator[None]:
     """Adds (loss, gradient norm, applied, stop, sample ids) of each step to `steps`, and does what the case asks for."""
     import pretrain.step
     from model.language_model import LanguageModel
+    from pretrain import durable
     from pretrain.agreement import rank
 
     real_step, real_predict = pretrain.step.train_step, LanguageModel.predict
@@ -83,5 +88,16 @@ def _disturbed(case: dict[str, Any], steps: list[list[Any]]) -> Iterator[None]:
         steps.append([result.loss, result.grad_norm, result.applied, result.stop, ids])
         return result
 
-    with patch.object(pretrain.step, "train_step", train_step), patch.object(LanguageModel, "predict", predict):
+    real_write = durable.write
+
+    def write(path: Path, writer: Any) -> None:
+        if f"step-{case.get('full_at', 0):08d}.partial" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_write(path, writer)
+
+    with (
+        patch.object(pretrain.step, "train_step", train_step),
+        patch.object(LanguageModel, "predict", predict),
+        patch.object(durable, "write", write),
+    ):
         yield
