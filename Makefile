@@ -35,7 +35,7 @@ format: install
 	@$(BIN)/ruff format .
 
 bench: install
-	@$(BIN)/attractor bench step --iterations 1,8,64
+	@$(BIN)/attractor bench step
 	@$(BIN)/attractor bench data
 
 install: $(STAMP)

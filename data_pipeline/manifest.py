@@ -105,7 +105,7 @@ def open_manifest(path_or_url: str | Path, cache: str | Path | None = None) -> M
     location = Location.of(path_or_url, cache)
     try:
         text = location.fetch(MANIFEST).read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise Refusal(
             f"{location} is not a finished prepared set: it has no {MANIFEST}. Make one with `attractor data prepare SOURCE --out DIR`, "
             "or correct data.path."

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,8 @@ class HubDataset(Source):
 
     def _stream(self) -> Iterator[dict[str, Any]]:
         from datasets import load_dataset
+
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are ours to report, once
 
         try:
             try:

@@ -21,11 +21,16 @@ from data_pipeline.errors import Refusal
 @contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` if the block ends well. Refuses a full disk, and an `out` that appeared meanwhile."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
     folder = out.parent / f"{_prefix(out)}{os.getpid()}"
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
         folder.mkdir()
+    except OSError as error:
+        raise Refusal(
+            f"{out.parent} cannot be made or written: {error.strerror}. Give --out a folder elsewhere, or mend its permissions."
+        ) from error
+    try:
         yield folder
         for path in [*folder.rglob("*"), folder]:
             _flush(path)

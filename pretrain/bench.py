@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,13 +36,13 @@ Row = dict[str, Any]
 DEFAULT_VOCABULARY, DEFAULT_LENGTH = 4096, 256
 
 
-def bench_step(recipe: Recipe, iterations: list[int], steps: int, warm_up: int = 10) -> list[Row]:
-    """One row for every fixed number of iterations, and one, `auto`, as the recipe solves; a Transformer has one row.
+def bench_step(recipe: Recipe, iterations: Sequence[int | str], steps: int, warm_up: int = 10) -> list[Row]:
+    """One row for every number of iterations, fixed or, for "auto", as the recipe solves; a Transformer has one row, "none".
 
     Each row comes from a process of its own, so that none inherits another's memory. There the model is first trained for
     `warm_up` steps as the recipe solves.
     """
-    names: list[int | str] = [*iterations, "auto"] if recipe.model.kind == "attractor" else ["none"]
+    names = iterations if recipe.model.kind == "attractor" else ["none"]
     rows = []
     for name in names:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

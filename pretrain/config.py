@@ -261,7 +261,7 @@ def _layers(name_or_path: str, folder: Path, below: Sequence[Path] = ()) -> Iter
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"The recipe {file} cannot be read: {error}.") from error
+        raise Refusal(f"The recipe {file} cannot be read: {error}. It must be UTF-8 text that this user may read.") from error
     body = dict(_mapping(parse_yaml(text, origin), origin))
     base = body.pop("base", None)
     if base is not None:

@@ -1,7 +1,10 @@
 """One optimizer step: micro-batches through the engine, and what they found gathered from every rank in one collective.
 
-The step's numbers, loss, iterations, residual and a request to stop, travel in one small vector, so a step costs one host
-synchronisation and one all-gather beyond the engine's own.
+    gradient = d/dw  sum of the losses of all predicted tokens / (global_batch * sequence_length)
+
+so every token weighs the same however the global batch is dealt out to ranks and micro-batches, also where some hold a short, padded
+window (a padded position is a token whose loss is 0). The step's numbers, loss, iterations, residual and a request to stop, travel in
+one small vector, so a step costs one host synchronisation and one all-gather beyond the engine's own.
 """
 
 from __future__ import annotations
@@ -52,10 +55,11 @@ def train_step(engine: Any, batches: Iterator[Batch], accumulation: int, *, mask
     for _ in range(accumulation):
         tokens, targets, documents = to_device(next(batches), engine.device, mask_documents)
         loss, record = engine(tokens, targets, documents)
-        engine.backward(loss)
+        predicted = (targets != IGNORE).sum()
+        engine.backward(loss * (predicted / targets.numel()))  # the engine takes the mean over micro-batches and ranks
         engine.step()
         solved = "solver_iterations" in record
-        rows.append(_row(loss, record, targets, stop_requested))
+        rows.append(_row(loss, record, predicted, stop_requested))
     table = _over_ranks(torch.stack(rows))
     column = dict(zip(_COLUMNS, zip(*table, strict=True), strict=True))
     solver = {name: sum(column[name]) / len(table) for name in _MEANS} | {"solver_residual": max(column["solver_residual"])}
@@ -68,8 +72,7 @@ def train_step(engine: Any, batches: Iterator[Batch], accumulation: int, *, mask
     )
 
 
-def _row(loss: Tensor, record: dict[str, Tensor], targets: Tensor, stop: bool) -> Tensor:
-    predicted = (targets != IGNORE).sum()
+def _row(loss: Tensor, record: dict[str, Tensor], predicted: Tensor, stop: bool) -> Tensor:
     values: dict[str, Any] = {"nll": record.get("cross_entropy", loss.detach()) * predicted, "predicted": predicted, "stop": stop, **record}
     return torch.stack([torch.as_tensor(values.get(name, 0), dtype=torch.float64).to(loss.device) for name in _COLUMNS])
 

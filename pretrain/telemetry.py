@@ -171,7 +171,8 @@ def bounded(work: Callable[[], Any], seconds: float, name: str) -> Any:
 
 def _line(error: BaseException) -> str:
     """An error as one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split()) if not isinstance(error, RuntimeError) else " ".join(str(error).split())
+    said = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
+    return " ".join(said.split()).rstrip(".")
 
 
 def _flat_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

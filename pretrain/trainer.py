@@ -11,13 +11,13 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from data_pipeline import TokenLoader, open_manifest
+from data_pipeline import TokenLoader, ValidationLoader, open_manifest
 from pretrain.config import Recipe
 from pretrain.errors import NON_FINITE, SIGNALLED, Refusal, RunStopped
 from pretrain.runtime import process_group
@@ -31,9 +31,10 @@ def train(recipe: Recipe, resume: bool) -> None:
         from pretrain.run_folder import RunFolder
 
         accumulation = recipe.check_world(world_size())
+        data = _open_data(recipe)  # what does not fit, or was prepared without validation, is refused before the folder is touched
         folder = RunFolder.open(Path(recipe.run.dir), resume=resume)
         try:
-            _Run(recipe, folder, device, accumulation, resume).train()
+            _Run(recipe, folder, device, accumulation, data, resume).train()
         finally:
             folder.close()
 
@@ -45,24 +46,34 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe.completed(manifest.vocabulary_size, manifest.sequence_length, path)
 
 
-@dataclass
-class _Clock:
-    """Seconds and steps since the last record."""
+class _Data(NamedTuple):
+    training: TokenLoader
+    validation: ValidationLoader
 
-    started: float
-    steps: int = 0
 
-    def lap(self) -> tuple[float, int]:
-        now = time.perf_counter()
-        seconds, steps = now - self.started, self.steps
-        self.started, self.steps = now, 0
-        return seconds, steps
+def _open_data(recipe: Recipe) -> _Data:
+    """This rank's loaders. Raises Refusal for data that is damaged or does not fit the recipe."""
+    from pretrain.agreement import rank, world_size
+    from pretrain.evaluate import validation_loader
+
+    training = TokenLoader(
+        recipe.sources,
+        sequence_length=recipe.data.sequence_length,
+        micro_batch=recipe.train.micro_batch,
+        data_rank=rank(),
+        data_ranks=world_size(),
+        seed=recipe.train.seed,
+        workers=recipe.data.workers,
+        cache=recipe.data.cache,
+        vocabulary_limit=recipe.model.vocabulary_size,
+    )
+    return _Data(training, validation_loader(recipe, rank(), world_size(), recipe.evaluation.tokens))
 
 
 class _Run:
     """The parts of a running run. `train` is the loop; the rest is what it does at each turn."""
 
-    def __init__(self, recipe: Recipe, folder: Any, device: torch.device, accumulation: int, resume: bool) -> None:
+    def __init__(self, recipe: Recipe, folder: Any, device: torch.device, accumulation: int, data: _Data, resume: bool) -> None:
         from pretrain.agreement import rank, world_size
         from pretrain.engine import build_engine, build_model
         from pretrain.ledger import Ledger, peak_flops
@@ -74,26 +85,16 @@ class _Run:
         self.step_tokens = recipe.train.global_batch * self.length
         self.total_steps = recipe.steps(self.length)
         self.total_tokens = self.total_steps * self.step_tokens
-        self.loader = TokenLoader(
-            recipe.sources,
-            sequence_length=self.length,
-            micro_batch=recipe.train.micro_batch,
-            data_rank=rank(),
-            data_ranks=world_size(),
-            seed=recipe.train.seed,
-            workers=recipe.data.workers,
-            cache=recipe.data.cache,
-            vocabulary_limit=recipe.model.vocabulary_size,
-        )
+        self.loader, self.validation = data
         self.engine = build_engine(recipe, build_model(recipe, device), accumulation)
         torch.manual_seed(recipe.train.seed * world_size() + rank())  # noise of penalties differs by rank; weights are made
         self.ledger = Ledger(recipe.architecture, self.length, recipe.train.recompute)
         self.peak = recipe.train.peak_flops or self._known_peak(peak_flops)
         self.step, self.skipped, self.skipped_in_a_row, self.seconds = 0, 0, 0, 0.0
-        self.last_evaluation: dict[str, Any] | None = None
-        self.last_record: dict[str, Any] = {}
+        self.since_record: list[float] = []  # seconds of each step
         state = self._resume() if resume else None
         folder.begin(recipe.to_yaml(), sys.argv, step=self.step)
+        self.last_record, self.last_evaluation = folder.metrics.last(), folder.evaluations.last()
         self.telemetry = Telemetry(
             folder,
             tensorboard=recipe.telemetry.tensorboard,
@@ -129,7 +130,7 @@ class _Run:
         self.skipped, self.skipped_in_a_row = state.counters["skipped"], state.counters["skipped_in_a_row"]
         self.seconds = state.counters["seconds"]
         probe = self._probe_loss()
-        if state.probe_loss is not None and abs(probe - state.probe_loss) > 1e-3 * abs(state.probe_loss):
+        if state.probe_loss is not None and not abs(probe - state.probe_loss) <= 1e-3 * abs(state.probe_loss):  # NaN is no agreement
             raise Refusal(
                 f"The checkpoint of step {resumed.step} in {self.folder.checkpoints} does not come back as it was saved: its probe "
                 f"loss was {state.probe_loss:.6f} and is {probe:.6f} now. Another version of a package may read it otherwise: "
@@ -140,19 +141,18 @@ class _Run:
     def train(self) -> None:
         from pretrain.signals import StopRequest
 
+        if self.step == self.total_steps:
+            self.progress.note(f"All {self.total_steps} steps of the run in {self.folder.path} are done: nothing is left to train.")
         batches = iter(self.loader)
-        clock = _Clock(time.perf_counter())
         try:
             with StopRequest() as stop:
                 while self.step < self.total_steps:
-                    stopped = self._one_step(batches, clock, stop.requested)
+                    stopped = self._one_step(batches, stop.requested)
                     last = self.step == self.total_steps
                     if last or self.step % self.recipe.evaluation.every == 0:
                         self._evaluate()
-                        clock.lap()
                     if last or stopped or self.step % self.recipe.checkpoint.every == 0:
                         self._save()
-                        clock.lap()
                     if stopped and not last:
                         raise RunStopped(
                             f"Stopped by a signal after step {self.step} of {self.total_steps}, and saved. Go on with --resume.", SIGNALLED
@@ -162,36 +162,36 @@ class _Run:
             self._write_summary()
             self.telemetry.close()
 
-    def _one_step(self, batches: Iterator[Any], clock: _Clock, stop_requested: bool) -> bool:
+    def _one_step(self, batches: Iterator[Any], stop_requested: bool) -> bool:
         """One step of training, entered in the ledger and, at its turn, in the record; whether a rank was asked to stop."""
         from pretrain.optimizer import apply_schedule
         from pretrain.step import train_step
         from pretrain.zero import client_optimizer
 
-        recipe = self.recipe
+        recipe, started = self.recipe, time.perf_counter()
         scale = apply_schedule(client_optimizer(self.engine), self.tokens, recipe.schedule, self.total_tokens)
         result = train_step(
             self.engine, batches, self.accumulation, mask_documents=recipe.data.mask_documents, stop_requested=stop_requested
         )
         self.step += 1
-        clock.steps += 1
+        self.since_record.append(time.perf_counter() - started)  # train_step has read its numbers back, so the device is done
+        self.seconds += self.since_record[-1]
         solver = result.solver or {}
         spent = self.ledger.step(self.step_tokens, solver.get("solver_evaluations", 0.0), solver.get("products", 0.0))
-        self._count_skips(result.applied)
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        self.skipped += not result.applied
         if self.step % recipe.train.log_every == 0 or self.step == self.total_steps or not result.applied:
-            seconds, steps = clock.lap()
-            self.seconds += seconds
-            self._record(result, spent, seconds / steps, scale)
+            self._record(result, spent, sum(self.since_record) / len(self.since_record), scale)
+            self.since_record.clear()
+        self._stop_if_diverged()
         return result.stop
 
-    def _count_skips(self, applied: bool) -> None:
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-        self.skipped += not applied
+    def _stop_if_diverged(self) -> None:
         if self.skipped_in_a_row >= self.recipe.train.nonfinite_limit:
             raise RunStopped(
                 f"The gradients were not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step}; these steps changed "
-                f"nothing, but training has diverged. Lower optimizer.lr (or muon_lr), or resume from the last checkpoint with another "
-                f"setting; train.nonfinite_limit sets how many steps are borne.",
+                f"nothing, but training has diverged. Start another run (run.dir) with a lower optimizer.lr or optimizer.muon_lr; --resume "
+                f"goes back to the last checkpoint of this one, as it was. train.nonfinite_limit sets how many such steps are borne.",
                 NON_FINITE,
             )
 
@@ -222,14 +222,12 @@ class _Run:
             self.progress.note(f"step {self.step}: gradients were not finite; the step was skipped ({self.skipped} so far)")
 
     def _evaluate(self) -> None:
-        from pretrain.agreement import rank, world_size
         from pretrain.ema import averaged_weights
-        from pretrain.evaluate import evaluate, validation_loader
+        from pretrain.evaluate import evaluate
 
         def run() -> dict[str, Any]:
-            loader = validation_loader(self.recipe, rank(), world_size(), self.recipe.evaluation.tokens)
             depths, mask = self.recipe.evaluation.iterations, self.recipe.data.mask_documents
-            return evaluate(self.engine, loader, depths, self.device, mask_documents=mask)
+            return evaluate(self.engine, self.validation, depths, self.device, mask_documents=mask)
 
         self.engine.eval()
         try:
@@ -240,7 +238,7 @@ class _Run:
                     report = run()
         finally:
             self.engine.train()
-        self.last_evaluation = {"step": self.step, "tokens": self.tokens, **report}
+        self.last_evaluation = {**report, "step": self.step, "tokens": self.tokens, "predicted_tokens": report["tokens"]}
         self.telemetry.evaluation(self.last_evaluation)
         losses = "  ".join(f"{depth}: {loss:.4f}" for depth, loss in report["loss"].items())
         self.progress.note(f"validation at step {self.step}  {losses if 'iterations' in report else f'loss {losses[3:]}'}")

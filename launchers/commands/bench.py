@@ -22,7 +22,7 @@ app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_h
 _STEP_EPILOG = """\
 [bold]Examples[/]
 
-  attractor bench step --iterations 1,8,64
+  attractor bench step --iterations 1,8,64,auto
 
   attractor bench step attractor-140m train.micro_batch=8 train.compile=true --json
 """
@@ -39,19 +39,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 Row = dict[str, Any]
 
 
-def parse_counts(text: str) -> list[int]:
-    """`1,8,64` -> [1, 8, 64]. Raises Refusal for anything but whole numbers above 0."""
+def parse_counts(text: str) -> list[int | str]:
+    """`1,8,auto` -> [1, 8, "auto"]. Raises Refusal for anything but whole numbers above 0 and auto."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise Refusal(f"--iterations {text} is no list of solver iterations: write whole numbers above 0, such as 1,8,64.")
-    return [int(word) for word in words]
+    if not all(word == "auto" or (word.isdecimal() and int(word) > 0) for word in words):
+        raise Refusal(f"--iterations {text} is no list of solver iterations: write whole numbers above 0, or auto, such as 1,8,64,auto.")
+    return [word if word == "auto" else int(word) for word in words]
 
 
 @app.command("step", epilog=_STEP_EPILOG)
 def step(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The model and batch to time.")] = "demo",
     overrides: Overrides = None,
-    iterations: Annotated[str, typer.Option("--iterations", metavar="1,8,64", help="Fixed solver iterations to time.")] = "1,8,64",
+    iterations: Annotated[
+        str, typer.Option("--iterations", metavar="1,8,64,auto", help="Solver iterations to time; auto solves to the tolerance.")
+    ] = "1,8,64,auto",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps a row, after a warm-up.")] = 5,
     as_json: AsJson = False,
 ) -> None:

@@ -114,7 +114,7 @@ class TestErrors:
         with pytest.raises(Refusal, match="0,1,2,4,auto"):
             parse_iterations(text)
 
-    @pytest.mark.parametrize("text", ["", "0,1", "auto"])
+    @pytest.mark.parametrize("text", ["", "0,1", "automatic"])
     def test_malformed_counts(self, text: str) -> None:
         with pytest.raises(Refusal, match="1,8,64"):
             parse_counts(text)

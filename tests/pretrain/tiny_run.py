@@ -34,12 +34,12 @@ TARGET = "tests.distributed.training_ranks:interrupted_run"
 GOLDEN = Path(__file__).with_name("golden_losses.txt")
 
 
-def prepare_text(folder: Path, *, sequence_length: int = LENGTH) -> Path:
+def prepare_text(folder: Path, *, sequence_length: int = LENGTH, validation: float = 0.2) -> Path:
     """24 windows of 16 an epoch, the last of them short: a run of 80 samples passes several ends of an epoch."""
     text = "\n<|endoftext|>\n".join(f"Document {n} says that {n} times {n} is {n * n}, and little else." for n in range(24))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "corpus.txt").write_text(text)
-    prepare([str(folder / "corpus.txt")], folder / "prepared", vocabulary_size=300, sequence_length=sequence_length, validation=0.2)
+    prepare([str(folder / "corpus.txt")], folder / "prepared", vocabulary_size=300, sequence_length=sequence_length, validation=validation)
     return folder / "prepared"
 
 
