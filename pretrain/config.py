@@ -150,8 +150,8 @@ class Recipe(Section):
                 )
         if self.train.precision == "bf16" and self.layout.zero == 0:
             raise ValueError(
-                "train.precision=bf16 with layout.zero=0 has no home for the fp32 weights (DeepSpeed keeps them with the sharded "
-                "optimizer state): use layout.zero=1, which costs nothing on one rank, or train.precision=fp32."
+                "train.precision=bf16 with layout.zero=0 is refused: there DeepSpeed accumulates and reduces gradients in bf16, which "
+                "moves the weights 3e-3 off in five steps. Use layout.zero=1, which costs nothing on one rank, or train.precision=fp32."
             )
         if self.schedule.shape == "trapezoid" and self.schedule.warmup + self.schedule.decay > 1:
             raise ValueError(

@@ -1,3 +1,5 @@
+"""Muon's orthogonalisation against an exact polar factor and a re-implementation, and the cutting of matrices into pieces."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Parameter groups by role, and MuonAdamW against torch's AdamW and a plain Muon, clipping and skipping included."""
+
 from __future__ import annotations
 
 import copy

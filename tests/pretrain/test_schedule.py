@@ -1,3 +1,5 @@
+"""The schedules at their ends and corners, and as properties."""
+
 from __future__ import annotations
 
 import math
