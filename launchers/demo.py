@@ -88,7 +88,7 @@ def _evaluate(label: str, run: Path) -> dict[str, Any]:
 
 
 def _table(reports: dict[str, dict[str, Any]], summaries: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="Validation loss (nats a token) by solver iterations", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(title="Validation loss, nats a token", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("")
     for label in reports:
         table.add_column(label, justify="right")
@@ -97,7 +97,7 @@ def _table(reports: dict[str, dict[str, Any]], summaries: dict[str, dict[str, An
         table.add_row(name, *(value(reports[label], summaries[label]) for label in reports))
 
     for depth in ("0", "1", "2", "4", "auto"):
-        name = {"0": "0  (the proposal)", "auto": "converged"}.get(depth, depth)
+        name = {"0": "0 iterations (proposal)", "1": "1 iteration", "auto": "converged"}.get(depth, f"{depth} iterations")
         row(name, lambda report, _, depth=depth: f"{report['loss'][depth]:.4f}" if depth in report["loss"] else "")
     row("perplexity, converged", lambda report, _: f"{list(report['perplexity'].values())[-1]:.2f}")
     row("iterations to converge", lambda report, _: f"{report['iterations']['auto']:.2f}" if "iterations" in report else "")
