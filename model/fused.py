@@ -5,7 +5,7 @@
     relu2       y = relu(x)^2;    dx = 2 relu(x) dy
 
 Composed from torch's operations they pass over memory about three times as often as they must: with them a step of width 256
-on two CPU cores is a fifth faster (docs/performance.md). Each can be differentiated twice, which the Jacobian penalty needs,
+on two CPU cores is an eighth faster (docs/performance.md). Each can be differentiated twice, which the Jacobian penalty needs,
 and each is traced by torch.compile, which fuses them further.
 """
 
