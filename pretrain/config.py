@@ -25,6 +25,7 @@ from pydantic import ValidationError, model_validator
 from model.config import AttractorConfig, BackboneConfig, GradientConfig, ModelConfig, SolverConfig
 from pretrain.errors import Refusal
 from pretrain.keys import KEYS, SECTIONS, fit, unknown, wanted
+from pretrain.layout import refuse_illegal
 from pretrain.overrides import parse_override, parse_yaml
 from pretrain.sections import (
     CheckpointSection,
@@ -142,12 +143,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
-        for axis in ("tensor", "pipeline"):
-            if getattr(self.layout, axis) != 1:
-                raise ValueError(
-                    f"layout.{axis}={getattr(self.layout, axis)} is not available yet: this version shards over data ranks only. "
-                    f"Use layout.{axis}=1 and, to save memory, layout.zero=2 or 3."
-                )
+        refuse_illegal(self.layout, self.model, self.data.sequence_length)
+        if self.layout.tensor > 1 and self.gradient.jacobian_penalty:
+            raise ValueError(
+                "gradient.jacobian_penalty cannot be combined with layout.tensor above 1: it is differentiated twice, and collectives "
+                "are differentiable once. Use layout.tensor=1, or gradient.convergence_penalty."
+            )
         if self.train.precision == "bf16" and self.layout.zero == 0:
             raise ValueError(
                 "train.precision=bf16 with layout.zero=0 is refused: there DeepSpeed accumulates and reduces gradients in bf16, which "

@@ -119,11 +119,13 @@ class ScheduleSection(Section):
 
 class LayoutSection(Section):
     tensor: Positive = 1
-    """Ranks that share each matrix; only 1 is available yet."""
+    """Ranks that share each matrix (heads, MLP, vocabulary); data parallel fills what tensor x pipeline leave of the world."""
     pipeline: Positive = 1
-    """Stages that share the blocks; only 1 is available yet."""
+    """Stages that share the blocks, by FLOPs; the attractor is whole on the last."""
     zero: int = Field(default=1, ge=0, le=3)
-    """ZeRO stage: 0 shards nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    """ZeRO stage over the data ranks: 0 shards nothing, 1 optimizer state, 2 and gradients, 3 and weights; with a pipeline 1."""
+    sequence_parallel: bool = False
+    """Divide the backbone's tokens over the tensor ranks between matrices (the solver's always are): less memory, equal traffic."""
 
 
 class CheckpointSection(Section):
