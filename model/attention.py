@@ -6,6 +6,8 @@
 The product goes through torch's scaled_dot_product_attention, which chooses the fused kernel of the device. Attention kept
 inside documents passes a boolean mask; otherwise the kernel's own causal flag is used.
 
+Heads may be divided over ranks: x is this rank's tokens, and between the projections every rank sees all tokens of its heads.
+
 Shapes: x [b, s, w]; mask [b, 1, s, s], true where attention is allowed. Source: arXiv 2605.12466's code; nanochat for values.
 """
 
@@ -61,7 +63,7 @@ class ValueGate(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: BackboneConfig, layers: Layers, value_embedding: bool = False) -> None:
         super().__init__()
-        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
+        self.head_dim, self.qk_norm, self.enter = config.head_dim, config.qk_norm, layers.enter
         self.heads = layers.local_heads(config.heads)
         self.kv_heads = layers.local_heads(config.key_value_heads)
         self.query = layers.column(config.width, config.heads * config.head_dim)
@@ -72,7 +74,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, memory: Tensor | None = None, value_embedding: Tensor | None = None) -> Tensor:
         """x, memory [b, s, w] -> [b, s, w]; keys and values come from memory (x itself unless given)."""
-        memory = x if memory is None else memory
+        x = self.enter(x)
+        memory = x if memory is None else self.enter(memory)
         batch, length, _ = x.shape
         q = rotate(self.query(x).view(batch, length, self.heads, self.head_dim), context.cos, context.sin)
         k = rotate(self.key(memory).view(batch, length, self.kv_heads, self.head_dim), context.cos, context.sin)

@@ -21,15 +21,18 @@ class Backbone(nn.Module):
         tables = [config.has_value_embedding(layer) for layer in range(config.backbone_layers)]
         self.blocks = nn.ModuleList(Block(config, layers, value_embedding=table) for table in tables)
         rows, width = config.vocabulary_size or 0, config.key_value_heads * config.head_dim
-        self.value_embeddings = nn.ModuleDict({str(layer): layers.embedding(rows, width) for layer, table in enumerate(tables) if table})
+        self.value_embeddings = nn.ModuleDict({str(layer): layers.value_embedding(rows, width) for layer, table in enumerate(tables) if table})
 
     def forward(self, x: Tensor, tokens: Tensor, context: Context) -> Tensor:
         """x [b, s, w] the embedded tokens [b, s] -> the proposal [b, s, w]."""
-        for layer, block in enumerate(self.blocks):
-            table = str(layer)
-            values = self.value_embeddings[table](tokens) if table in self.value_embeddings else None
-            if self.recompute and self.training:
-                x = x + checkpoint(block, x, context, None, values, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = x + block(x, context, None, values)
+        for layer in range(len(self.blocks)):
+            x = self.layer(layer, x, tokens, context)
         return x
+
+    def layer(self, layer: int, x: Tensor, tokens: Tensor, context: Context) -> Tensor:
+        """x after one more block."""
+        block, table = self.blocks[layer], str(layer)
+        values = self.value_embeddings[table](tokens) if table in self.value_embeddings else None
+        if self.recompute and self.training:
+            return x + checkpoint(block, x, context, None, values, use_reentrant=False, preserve_rng_state=False)
+        return x + block(x, context, None, values)

@@ -19,16 +19,16 @@ class Block(nn.Module):
         self, config: BackboneConfig, layers: Layers, *, gates: AttractorConfig | None = None, value_embedding: bool = False
     ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps, layers)
         self.attention = Attention(config, layers, value_embedding)
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps, layers)
         self.mlp = MLP(config, layers)
-        self.attention_gate = self._gate(config, gates)
-        self.mlp_gate = self._gate(config, gates)
+        self.attention_gate = self._gate(config, layers, gates)
+        self.mlp_gate = self._gate(config, layers, gates)
 
     @staticmethod
-    def _gate(config: BackboneConfig, gates: AttractorConfig | None) -> nn.Module:
-        return nn.Identity() if gates is None else ChannelGate(config.width, gates.gate_initial, gates.gate_maximum)
+    def _gate(config: BackboneConfig, layers: Layers, gates: AttractorConfig | None) -> nn.Module:
+        return nn.Identity() if gates is None else ChannelGate(config.width, gates.gate_initial, gates.gate_maximum, layers)
 
     def forward(self, x: Tensor, context: Context, memory: Tensor | None = None, value_embedding: Tensor | None = None) -> Tensor:
         """delta(x): what the block adds to x [b, s, w]. memory: keys and values are read from its norm instead of x's."""

@@ -18,13 +18,18 @@ replaced by the plain one and counted. A sequence that does not converge, becaus
 residual set no new low for `patience` evaluations (a map that rounds to bf16 bottoms out near 1e-3), returns the value with
 its smallest residual.
 
+The tokens of a sequence may be divided over ranks (`Tokens`): then y is this rank's part, [b, s / ranks, w], and so are history
+and mixing. What is asked of a whole sequence, its residual, its Gram matrix, is summed over the ranks: one small reduction an
+iteration, whose result is the same on all of them, so that ranks that communicate inside f stop together whatever they hold.
+
 Shapes: y [b, s, w]; b sequences are independent of each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,12 +40,48 @@ Map = Callable[[Tensor], Tensor]
 _TINY = 1e-30
 
 
+class Tokens(Protocol):
+    """How the tokens of each sequence are divided over ranks, as far as a solver must know."""
+
+    ranks: int
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks; its gradient is each rank's own. x is used up."""
+        ...
+
+    def highest(self, x: Tensor) -> Tensor:
+        """The elementwise maximum of x over the ranks. x is used up."""
+        ...
+
+    def whole(self, x: Tensor) -> Tensor:
+        """[b, s / ranks] of this rank -> [b, s]."""
+        ...
+
+    def own(self, x: Tensor) -> Tensor:
+        """[b, s] -> [b, s / ranks] of this rank."""
+        ...
+
+
+class Undivided:
+    """Every token is here."""
+
+    ranks = 1
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+    highest = whole = own = total
+
+
+UNDIVIDED = Undivided()
+
+
 @dataclass
 class Solution:
     """What a solve found, by sequence. `evaluations` counts sequence-evaluations that were computed, wanted or not."""
 
     state: Tensor
-    """[b, s, w], at least fp32."""
+    """[b, s, w] (this rank's tokens), at least fp32."""
     residual: Tensor
     """[b], relative, at the last point evaluated (of a sequence that did not converge: the smallest met)."""
     iterations: Tensor
@@ -53,11 +94,15 @@ class Solution:
     """Scalar int64: Anderson steps replaced by plain ones (tokens or sequences, as the mixing)."""
 
 
-def relative_residual(change: Tensor, y: Tensor, stop: str = "norm") -> Tensor:
-    """||change|| / ||y|| of each sequence [b], or the largest of its tokens' with stop = "max_token"."""
+def relative_residual(change: Tensor, y: Tensor, stop: str = "norm", tokens: Tokens = UNDIVIDED) -> Tensor:
+    """||change|| / ||y|| of each sequence [b], or the largest of its tokens' with stop = "max_token"; the same on all ranks."""
     if stop == "max_token":
-        return token_residual(change, y).amax(dim=-1)
-    return change.flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1).clamp_min(_TINY)
+        return tokens.highest(token_residual(change, y).amax(dim=-1))
+    if tokens.ranks == 1:
+        return change.flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1).clamp_min(_TINY)
+    squares = torch.stack([part.flatten(1).square().sum(dim=1) for part in (change, y)])
+    of_change, of_y = tokens.total(squares).sqrt()
+    return of_change / of_y.clamp_min(_TINY)
 
 
 def token_residual(change: Tensor, y: Tensor) -> Tensor:
@@ -68,7 +113,8 @@ def token_residual(change: Tensor, y: Tensor) -> Tensor:
 class _Mixer:
     """The next point from the last evaluations: plain, or Anderson with its stored differences."""
 
-    def __init__(self, config: SolverConfig) -> None:
+    def __init__(self, config: SolverConfig, tokens: Tokens) -> None:
+        self.tokens = tokens
         self.damping, self.ridge = config.damping, config.ridge
         self.history = config.history if config.method == "anderson" else 0
         self.over = (-2, -1) if config.mixing == "sequence" else (-1,)
@@ -78,7 +124,9 @@ class _Mixer:
 
     def fallbacks_on(self, device: torch.device) -> Tensor:
         """The count as a scalar there; nothing is copied from the host."""
-        return torch.zeros((), dtype=torch.int64, device=device) if self.fallbacks is None else self.fallbacks
+        if self.fallbacks is None:
+            return torch.zeros((), dtype=torch.int64, device=device)
+        return self.fallbacks if self.over == (-2, -1) else self.tokens.total(self.fallbacks.clone())
 
     def select(self, rows: Tensor) -> None:
         """Keep only some sequences."""
@@ -87,21 +135,24 @@ class _Mixer:
             self.previous = value[rows], change[rows], size[rows]
         self.differences = [(dvalue[rows], dchange[rows]) for dvalue, dchange in self.differences]
 
-    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(self.over, keepdim=True)
+    def _dots(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+        """The inner product of each pair over the mixing unit; of whole sequences, over all ranks in one reduction."""
+        own = [(a * b).sum(self.over, keepdim=True) for a, b in pairs]
+        if self.tokens.ranks == 1 or self.over == (-1,):
+            return own
+        return self.tokens.total(torch.stack(own)).unbind()
 
     def next(self, y: Tensor, value: Tensor, change: Tensor) -> Tensor:
         plain = value if self.damping == 1 else torch.lerp(y, value, self.damping)
         if not self.history:
             return plain
-        size = self._dot(change, change)
         if self.previous is None:
-            self.previous = value, change, size
+            self.previous = value, change, self._dots([(change, change)])[0]
             return plain
         old_value, old_change, old_size = self.previous
-        self.previous = value, change, size
         self.differences = [(value - old_value, change - old_change), *self.differences][: self.history]
-        gammas = self._coefficients(change)
+        size, gammas = self._coefficients(change)
+        self.previous = value, change, size
         bad = size > old_size
         for gamma in gammas:
             bad = bad | ~gamma.isfinite()
@@ -112,18 +163,23 @@ class _Mixer:
             mixed = torch.addcmul(mixed, gamma, direction, value=-1)
         return torch.where(bad, plain, mixed)
 
-    def _coefficients(self, change: Tensor) -> list[Tensor]:
-        """gamma of min ||change - sum_j gamma_j dR_j||^2, by LDL^T of the Gram matrix; a pivot never falls below its ridge."""
+    def _coefficients(self, change: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """||change||^2, and gamma of min ||change - sum_j gamma_j dR_j||^2, by LDL^T of the Gram matrix; a pivot never falls below
+        its ridge."""
         columns = [dchange for _, dchange in self.differences]
+        pairs = [(column, other) for i, column in enumerate(columns) for other in (*columns[: i + 1], change)]
+        *dots, size = self._dots([*pairs, (change, change)])
+        gram = iter(dots)  # of each column: with those before it, with itself, with the change
         lower: list[list[Tensor]] = []
         pivots: list[Tensor] = []
         forward: list[Tensor] = []
-        for i, column in enumerate(columns):
+        for i in range(len(columns)):
             row: list[Tensor] = []
-            norm = self._dot(column, column)
-            pivot, right = norm, self._dot(column, change)
+            inners = [next(gram) for _ in range(i)]
+            norm = next(gram)
+            pivot, right = norm, next(gram)
             for j in range(i):
-                inner = self._dot(column, columns[j])
+                inner = inners[j]
                 for k in range(j):
                     inner = inner - row[k] * pivots[k] * lower[j][k]
                 row.append(inner / pivots[j])
@@ -136,7 +192,7 @@ class _Mixer:
         for i in reversed(range(len(gammas))):
             for j in range(i):
                 gammas[j] = gammas[j] - lower[i][j] * gammas[i]
-        return gammas
+        return size, gammas
 
 
 def _evaluate(f: Map, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,30 +205,34 @@ def _index(rows: list[int], device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def solve(f: Map, start: Tensor, config: SolverConfig, restrict: Callable[[Tensor], Map] | None = None) -> Solution:
-    """The fixed point of f from start [b, s, w].
+def solve(
+    f: Map, start: Tensor, config: SolverConfig, restrict: Callable[[Tensor], Map] | None = None, tokens: Tokens = UNDIVIDED
+) -> Solution:
+    """The fixed point of f from start [b, s, w]. Collective over the ranks of `tokens`.
 
     restrict(rows) gives f on some sequences of the batch (rows: int64 indices into start): with it, and `compaction`, those
     that have converged stop costing compute. Results differ from the uncompacted solve by no more than f's own rounding.
     """
     y = start.detach().to(torch.promote_types(start.dtype, torch.float32))
-    return _solve_fixed(f, y, config) if config.fixed else _solve_adaptive(f, y, config, restrict)
+    return _solve_fixed(f, y, config, tokens) if config.fixed else _solve_adaptive(f, y, config, restrict, tokens)
 
 
-def _solve_fixed(f: Map, y: Tensor, config: SolverConfig) -> Solution:
-    mixer, batch = _Mixer(config), y.shape[0]
+def _solve_fixed(f: Map, y: Tensor, config: SolverConfig, tokens: Tokens) -> Solution:
+    mixer, batch = _Mixer(config, tokens), y.shape[0]
     for iteration in range(config.max_iterations):
         value, change = _evaluate(f, y)
         if iteration + 1 < config.max_iterations:
             y = mixer.next(y, value, change)
-    residual = relative_residual(change, y, config.stop)
+    residual = relative_residual(change, y, config.stop, tokens)
     counts = torch.full((batch,), config.max_iterations, device=y.device)
     fallbacks = mixer.fallbacks_on(y.device)
     return Solution(value, residual, counts, residual < config.tolerance, batch * config.max_iterations, fallbacks)
 
 
-def _solve_adaptive(f: Map, y: Tensor, config: SolverConfig, restrict: Callable[[Tensor], Map] | None) -> Solution:
-    batch, device, mixer = y.shape[0], y.device, _Mixer(config)
+def _solve_adaptive(
+    f: Map, y: Tensor, config: SolverConfig, restrict: Callable[[Tensor], Map] | None, tokens: Tokens
+) -> Solution:
+    batch, device, mixer = y.shape[0], y.device, _Mixer(config, tokens)
     best, state = [float("inf")] * batch, y.clone()
     iterations, lows = [0] * batch, [0] * batch  # evaluations taken, and taken when the residual was lowest
     converged, stopped = [False] * batch, [False] * batch
@@ -181,7 +241,7 @@ def _solve_adaptive(f: Map, y: Tensor, config: SolverConfig, restrict: Callable[
     for iteration in range(1, config.max_iterations + 1):
         value, change = _evaluate(f, y)
         evaluations += len(active)
-        residuals = relative_residual(change, y, config.stop).tolist()  # the one read of the iteration
+        residuals = relative_residual(change, y, config.stop, tokens).tolist()  # the one read of the iteration
         improved = []
         for row, (sequence, residual) in enumerate(zip(active, residuals, strict=True)):
             if stopped[sequence]:
@@ -218,25 +278,25 @@ def _solve_adaptive(f: Map, y: Tensor, config: SolverConfig, restrict: Callable[
 
 
 @torch.no_grad()
-def solve_strict(f: Map, start: Tensor, config: SolverConfig) -> Solution:
+def solve_strict(f: Map, start: Tensor, config: SolverConfig, tokens: Tokens = UNDIVIDED) -> Solution:
     """The fixed point as generation with a cache finds it, within the tolerance: a token is done once its own residual is below
     tolerance and every token before it is done, and is frozen from then on. So no output depends on when later tokens converge.
 
     Every position must be evaluated until the last is done: for evaluation, not for training.
     """
     y = start.detach().to(torch.promote_types(start.dtype, torch.float32))
-    mixer, batch = _Mixer(replace(config, mixing="token")), y.shape[0]  # over sequences, later tokens would enter
-    done = torch.zeros(y.shape[:2], dtype=torch.bool, device=y.device)
+    mixer, batch = _Mixer(replace(config, mixing="token"), tokens), y.shape[0]  # over sequences, later tokens would enter
+    done = torch.zeros(batch, y.shape[1] * tokens.ranks, dtype=torch.bool, device=y.device)  # of all tokens
     state, iterations = y, torch.zeros(batch, dtype=torch.int64, device=y.device)
     for iteration in range(1, config.max_iterations + 1):
         value, change = _evaluate(f, y)
-        state = torch.where(done[..., None], state, value)
+        state = torch.where(tokens.own(done)[..., None], state, value)
         iterations += ~done.all(dim=-1)
-        residual = token_residual(change, y)
+        residual = tokens.whole(token_residual(change, y))
         if iteration >= config.min_iterations:
             done = done | ((residual < config.tolerance).cummin(dim=-1).values)
         if iteration == config.max_iterations or bool(done.all()):
             break
-        y = torch.where(done[..., None], state, mixer.next(y, value, change))
+        y = torch.where(tokens.own(done)[..., None], state, mixer.next(y, value, change))
     fallbacks = mixer.fallbacks_on(y.device)
     return Solution(state, residual.amax(dim=-1), iterations, done.all(dim=-1), iteration * batch, fallbacks)

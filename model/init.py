@@ -20,16 +20,27 @@ from torch import Tensor, nn
 from model.attention import Attention, ValueGate
 from model.config import BackboneConfig
 from model.language_model import LanguageModel
-from model.layers import MLP
+from model.layers import MLP, ChannelGate, Layers, RMSNorm
 
 
 def standard_deviation(config: BackboneConfig) -> float:
     return math.sqrt(2 / (5 * config.width))
 
 
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Moves a module from the meta device to a real one: vectors get their first value, matrices are left to `initialise`."""
+    marks = [dict(vars(parameter)) for parameter in module.parameters()]
+    module.to_empty(device=device)
+    for parameter, own in zip(module.parameters(), marks, strict=True):
+        vars(parameter).update(own)  # to_empty makes new parameters, without what layers said about them (how they are sharded)
+    for part in module.modules():
+        if isinstance(part, (RMSNorm, ChannelGate)):
+            part.reset()
+
+
 @torch.no_grad()
 def initialise(model: LanguageModel, seed: int) -> None:
-    """Give every matrix of the model its first value, in place; vectors already have theirs."""
+    """Give every matrix of the model its first value, in place. What is still on the meta device belongs to another rank."""
     config = model.config.model
     common = standard_deviation(config)
     stds = {id(parameter): common for parameter in model.parameters() if parameter.ndim >= 2}
@@ -40,8 +51,8 @@ def initialise(model: LanguageModel, seed: int) -> None:
         if isinstance(module, ValueGate):
             stds.update((id(parameter), 0.0) for parameter in module.parameters())
     for name, parameter in model.named_parameters():
-        if id(parameter) in stds:
-            _truncated_normal(parameter, stds[id(parameter)], _seed(seed, name))
+        if id(parameter) in stds and not parameter.is_meta:
+            _truncated_normal(parameter, stds[id(parameter)], _seed(seed, name), model.layers)
 
 
 def _outputs(module: nn.Module) -> list[Tensor]:
@@ -55,11 +66,11 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
 
 
-def _truncated_normal(parameter: Tensor, std: float, seed: int) -> None:
+def _truncated_normal(parameter: Tensor, std: float, seed: int, layers: Layers) -> None:
     if std == 0:
         parameter.zero_()
         return
     generator = torch.Generator().manual_seed(seed)
-    values = torch.empty(parameter.shape, dtype=torch.float32)
+    values = torch.empty(layers.whole_shape(parameter), dtype=torch.float32)
     nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
-    parameter.copy_(values)
+    parameter.copy_(layers.shard(values, parameter))

@@ -36,7 +36,8 @@ class LanguageModel(nn.Module):
         self.embedding = layers.embedding(backbone.vocabulary_size, backbone.width)
         self.backbone = Backbone(backbone, layers, recompute)
         self.refine = Refine(config, layers, recompute) if backbone.kind == "attractor" else None
-        self.norm = RMSNorm(backbone.width, backbone.norm_eps)
+        self.tail = layers if self.refine is None else layers.divided()
+        self.norm = RMSNorm(backbone.width, backbone.norm_eps, self.tail)
         self.head = None if backbone.tied_embeddings else layers.column(backbone.width, backbone.vocabulary_size)
 
     def propose(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, Context]:
@@ -46,7 +47,7 @@ class LanguageModel(nn.Module):
 
     @property
     def unembedding(self) -> Tensor:
-        """[v, w]."""
+        """[v, w], or this rank's rows of it."""
         return (self.embedding if self.head is None else self.head).get_parameter("weight")
 
     def forward(
@@ -72,10 +73,13 @@ class LanguageModel(nn.Module):
         return (loss if refined.penalty is None else loss + refined.penalty), record
 
     def predict(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy a predicted token, from the final state [b, s, w]."""
-        hidden = self.norm(hidden).flatten(0, 1)
-        total = self.layers.cross_entropy_sum(hidden, self.unembedding, targets.flatten())
+        """Mean cross-entropy a predicted token, from the final state [b, s, w] (this rank's tokens); the same on all ranks."""
+        total = self.tail.cross_entropy_sum(self._normed(hidden), self.unembedding, targets.flatten())
         return total / (targets != IGNORE).sum().clamp_min(1)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        """All tokens of the final state, normed, as the unembedding takes them [b * s, w]."""
+        return self.tail.enter(self.norm(hidden)).flatten(0, 1)
 
     @torch.no_grad()
     def _at_depths(self, proposal: Tensor, context: Context, targets: Tensor, depths: Sequence[Depth]) -> tuple[Tensor, Record]:
@@ -83,10 +87,11 @@ class LanguageModel(nn.Module):
         losses = proposal.new_zeros(())
         for depth in depths if self.refine is not None else (0,):
             state, solution = self._state(proposal, context, depth)
-            losses = self.layers.cross_entropy_tokens(self.norm(state).flatten(0, 1), self.unembedding, targets.flatten())
+            losses = self.tail.cross_entropy_tokens(self._normed(state), self.unembedding, targets.flatten())
             record[f"nll/{depth}"] = losses.view_as(targets)
-            if solution is not None:
-                record[f"proposal_distance/{depth}"] = relative_residual(state - proposal, proposal.to(state.dtype))
+            if self.refine is not None and solution is not None:
+                start, tokens = self.refine.start(proposal), self.refine.tokens
+                record[f"proposal_distance/{depth}"] = relative_residual(state - start, start, "norm", tokens)
                 record[f"iterations/{depth}"], record[f"converged/{depth}"] = solution.iterations, solution.converged
         return losses.sum() / (targets != IGNORE).sum().clamp_min(1), record
 
@@ -98,10 +103,10 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, documents: Tensor | None = None, depth: Depth = "auto") -> Tensor:
-        """Logits of every position [b, s, v] in fp32."""
+        """Logits of every position [b, s, v] in fp32 (where the vocabulary is divided: this rank's)."""
         proposal, context = self.propose(tokens, documents)
         state, _ = self._state(proposal, context, depth)
-        return (self.norm(state) @ self.unembedding.T).float()
+        return (self.tail.enter(self.norm(state)) @ self.unembedding.T).float()
 
     def compile_maps(self) -> None:
         """torch.compile the backbone and the map f in place; the solver's loop stays outside."""
@@ -134,11 +139,13 @@ def build(
     recompute: bool = False,
 ) -> LanguageModel:
     """A model with its first weights. On the meta device it has shapes only."""
-    from model.init import initialise  # imports this module for its types
+    from model.init import initialise, materialise  # imports this module for its types
 
     device = torch.device(device)
-    with torch.device("meta" if device.type == "meta" else "cpu"):
+    with torch.device("meta"):
         model = LanguageModel(config, layers or PlainLayers(), recompute)
-    if device.type != "meta":
-        initialise(model, seed)
-    return model.to(device=device, dtype=dtype)
+    if device.type == "meta":
+        return model.to(dtype)
+    materialise(model, device)
+    initialise(model, seed)
+    return model.to(dtype)

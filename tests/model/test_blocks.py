@@ -179,7 +179,7 @@ def test_mlps_equal_their_formulas() -> None:
 
 
 def test_rms_norm_is_its_formula_and_returns_the_gains_precision() -> None:
-    norm, x = filled(RMSNorm(16, 1e-2)), normal(3, 16)
+    norm, x = filled(RMSNorm(16, 1e-2, PlainLayers())), normal(3, 16)
     torch.testing.assert_close(norm(x), naive_norm(x, norm.weight, 1e-2))
     norm.bfloat16()
     assert norm(x.float()).dtype == torch.bfloat16
@@ -190,7 +190,7 @@ def test_rms_norm_is_its_formula_and_returns_the_gains_precision() -> None:
 @pytest.mark.parametrize(("initial", "maximum"), [(0.5, 0.75), (0.75, 0.75), (0.1, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_start_where_told_and_stay_below_their_maximum(initial: float, maximum: float, dtype: torch.dtype) -> None:
-    gate = ChannelGate(16, initial, maximum).to(dtype)
+    gate = ChannelGate(16, initial, maximum, PlainLayers()).to(dtype)
     assert gate.raw.shape == (16,)
     rounding = 1e-5 if dtype == torch.float32 else 2**-7  # the sigmoid's argument and its result, each rounded
     assert torch.allclose(gate(torch.ones(2, 16, dtype=dtype)).float(), torch.full((2, 16), initial), rtol=rounding)
@@ -202,7 +202,7 @@ def test_gates_start_where_told_and_stay_below_their_maximum(initial: float, max
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saturated_gate_still_gets_a_gradient(dtype: torch.dtype) -> None:
     # the published 140M model starts its gates at their maximum: a sigmoid rounded to 1 would keep them there for ever
-    gate = ChannelGate(16, 0.75, 0.75).to(dtype)
+    gate = ChannelGate(16, 0.75, 0.75, PlainLayers()).to(dtype)
     gate(torch.ones(1, 16, dtype=dtype)).sum().backward()
     assert gate.raw.grad is not None
     assert (gate.raw.grad > 0).all()
