@@ -21,7 +21,9 @@ class Backbone(nn.Module):
         tables = [config.has_value_embedding(layer) for layer in range(config.backbone_layers)]
         self.blocks = nn.ModuleList(Block(config, layers, value_embedding=table) for table in tables)
         rows, width = config.vocabulary_size or 0, config.key_value_heads * config.head_dim
-        self.value_embeddings = nn.ModuleDict({str(layer): layers.value_embedding(rows, width) for layer, table in enumerate(tables) if table})
+        self.value_embeddings = nn.ModuleDict(
+            {str(layer): layers.value_embedding(rows, width) for layer, table in enumerate(tables) if table}
+        )
 
     def forward(self, x: Tensor, tokens: Tensor, context: Context) -> Tensor:
         """x [b, s, w] the embedded tokens [b, s] -> the proposal [b, s, w]."""
@@ -33,6 +35,6 @@ class Backbone(nn.Module):
         """x after one more block."""
         block, table = self.blocks[layer], str(layer)
         values = self.value_embeddings[table](tokens) if table in self.value_embeddings else None
-        if self.recompute and self.training:
+        if self.recompute and block.training:
             return x + checkpoint(block, x, context, None, values, use_reentrant=False, preserve_rng_state=False)
         return x + block(x, context, None, values)

@@ -60,6 +60,10 @@ class LanguageModel(nn.Module):
         [b]. A Transformer has the one depth 0, whatever is asked.
         """
         proposal, context = self.propose(tokens, documents)
+        return self.finish(proposal, context, targets, depths)
+
+    def finish(self, proposal: Tensor, context: Context, targets: Tensor, depths: Sequence[Depth] | None = None) -> tuple[Tensor, Record]:
+        """`forward` from the proposal on: what the last stage of a pipeline does."""
         if depths is not None:
             return self._at_depths(proposal, context, targets, depths)
         if self.refine is None:

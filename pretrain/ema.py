@@ -2,7 +2,8 @@
 
 `MuonAdamW(ema=decay)` keeps e in fp32 in its own state, beside the momentum, and updates it inside its step. So it has
 the shape of this rank's partition (ZeRO divides its memory), a skipped step leaves it alone, and DeepSpeed's checkpoints
-save and restore it with the rest of the optimizer's state. Off by default. TRM's protocol uses decay .999.
+save and restore it with the rest of the optimizer's state. Copies of one weight on several ranks (replicated over tensor ranks, or
+tied between stages) are stepped alike, so their averages stay alike. Off by default. TRM's protocol uses decay .999.
 """
 
 from __future__ import annotations

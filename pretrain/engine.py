@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a recipe: its configuration, the optimizer by roles, ZeRO over the data ranks.
+"""The DeepSpeed engine of a recipe: its configuration, the optimizer by roles, ZeRO over the data ranks, a pipeline over stages.
 
     fp32   weights, gradients and moments in fp32
     bf16   weights and products in bf16; gradients accumulated, reduced weights and moments kept in fp32 by DeepSpeed
@@ -15,32 +15,74 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 
 from model.language_model import LanguageModel, build
+from model.layers import Layers, PlainLayers
 from model.refine import Refine
 from model.roles import parameter_roles
 from pretrain import zero
 from pretrain.config import Recipe
+from pretrain.mesh import Mesh
 from pretrain.optimizer import build_optimizer
+from pretrain.partition import Stage, partition
 
 
-def build_model(recipe: Recipe, device: torch.device) -> LanguageModel:
-    """The recipe's model in fp32, with its first weights (which depend on train.seed alone), compiled if the recipe says so."""
-    model = build(recipe.architecture, device=device, seed=recipe.train.seed, recompute=recipe.train.recompute)
+def build_model(recipe: Recipe, device: torch.device, mesh: Mesh) -> LanguageModel:
+    """This rank's part of the recipe's model in fp32, compiled if the recipe says so.
+
+    Its first weights depend on train.seed alone. What other stages hold is on the meta device.
+    """
+    layers, seed = _layers(recipe, mesh), recipe.train.seed
+    if mesh.layout.pipeline == 1:
+        model = build(recipe.architecture, layers=layers, device=device, seed=seed, recompute=recipe.train.recompute)
+    else:
+        from pretrain.stages import materialise_stage
+
+        model = build(recipe.architecture, layers=layers, device="meta", recompute=recipe.train.recompute)
+        materialise_stage(model, stages_of(recipe, mesh), mesh.where.pipe, device, seed)
     if recipe.train.compile:
         model.compile_maps()
     return model
 
 
-def build_engine(recipe: Recipe, model: LanguageModel, accumulation: int) -> Any:
-    """A DeepSpeed engine around the model, with the client optimizer fitted to its layout."""
+def _layers(recipe: Recipe, mesh: Mesh) -> Layers:
+    if mesh.tensor_group is None or mesh.layout.tensor == 1:
+        return PlainLayers()
+    from pretrain.tensor_parallel import TensorParallelLayers  # megatron is imported where it is used
+
+    return TensorParallelLayers(mesh.tensor_group, recipe.layout.sequence_parallel)
+
+
+def stages_of(recipe: Recipe, mesh: Mesh) -> list[Stage]:
+    """The stages of a recipe whose sequence length is known."""
+    assert recipe.data.sequence_length is not None
+    return partition(recipe.architecture, recipe.data.sequence_length, mesh.layout.pipeline, recompute=recipe.train.recompute)
+
+
+def build_engine(recipe: Recipe, model: LanguageModel, accumulation: int, mesh: Mesh) -> Any:
+    """A DeepSpeed engine around the model, with the client optimizer fitted to its layout; a pipeline's module is a Stages."""
     if recipe.layout.zero == 3 and model.refine is not None:
         set_z3_leaf_modules(model, [Refine])
-    fused = next(model.parameters()).is_cuda
+    fused = any(parameter.is_cuda for parameter in model.parameters())
     optimizer = build_optimizer(model, parameter_roles(model), recipe.optimizer, fused=fused)
+    module: Any = model
+    if mesh.layout.pipeline > 1:
+        from pretrain.stages import Stages
+
+        module = Stages(model, stages_of(recipe, mesh), mesh)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(recipe, accumulation), dist_init_required=False
+        model=module,
+        optimizer=optimizer,
+        config=deepspeed_config(recipe, accumulation),
+        mpu=mesh.grid if mesh.layout.pipeline == 1 else None,  # a pipeline brings its own
+        dist_init_required=False,
     )
-    zero.attach(engine, recipe.optimizer.clip)
+    zero.attach(engine, recipe.optimizer.clip, mesh)
     return engine
+
+
+def language_model(engine: Any) -> LanguageModel:
+    """The model inside an engine, whole or one stage of it: canonical names, roles, configuration."""
+    module = engine.module
+    return module if isinstance(module, LanguageModel) else module.model
 
 
 def deepspeed_config(recipe: Recipe, accumulation: int) -> dict[str, Any]:
@@ -55,6 +97,7 @@ def deepspeed_config(recipe: Recipe, accumulation: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 62,
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},  # tokens are divided by sequence parallelism, or not at all
     }
     if recipe.train.precision == "bf16":
         config["bf16"] = {"enabled": True}

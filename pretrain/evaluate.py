@@ -12,41 +12,45 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline import Batch, ValidationLoader
 from model.loss import IGNORE
 from model.refine import Depth
-from pretrain.agreement import world_size
+from pretrain.agreement import gather
 from pretrain.config import Recipe
+from pretrain.mesh import ALONE, Mesh
 from pretrain.runtime import device_of, settle_libraries
-from pretrain.step import to_device
+from pretrain.step import Found, to_device
 
 _PER_SEQUENCE = ("proposal_distance", "iterations", "converged")
 
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[..., Any], batches: Iterable[Batch], depths: Sequence[Depth], device: torch.device, *, mask_documents: bool = False
+    model: Callable[..., Any],
+    batches: Iterable[Batch],
+    depths: Sequence[Depth],
+    device: torch.device,
+    mesh: Mesh = ALONE,
+    *,
+    mask_documents: bool = False,
 ) -> dict[str, Any]:
-    """Losses by depth over all ranks' batches; the model is a LanguageModel in eval mode, or an engine around one.
+    """Losses by depth over all ranks' batches; the model is a LanguageModel in eval mode, or an engine around one. Collective.
 
     Returns {"loss": {depth: nats}, "perplexity": {...}, "tokens": predicted, "proposal_distance", "iterations": {depth: mean},
     "converged": share}; a Transformer has the one depth 0.
     """
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
     order: list[str] = []
-    for batch in batches:
-        tokens, targets, documents = to_device(batch, device, mask_documents)
+    for _, targets, record in forward(model, batches, depths, device, mesh, mask_documents=mask_documents):
         predicted = targets != IGNORE
         real = predicted.any(dim=1)  # rows that are not padding
-        _, record = model(tokens, targets, documents, depths)
         sums["predicted"] += predicted.sum()
         sums["sequences"] += real.sum()
         for key, value in record.items():
@@ -56,15 +60,36 @@ def evaluate(
                 order += [depth] if depth not in order else []
             elif name in _PER_SEQUENCE:
                 sums[key] += value[real].sum(dtype=torch.float64)
-    totals = _over_ranks(dict(sums))
+    totals, order = _over_ranks(dict(sums) if mesh.tells else {}, order)
     return _report(totals, order)
 
 
-def _over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
-    stacked = torch.stack(list(sums.values()))
-    if world_size() > 1:
-        dist.all_reduce(stacked)
-    return dict(zip(sums, stacked.tolist(), strict=True))
+def forward(
+    model: Callable[..., Any],
+    batches: Iterable[Batch],
+    depths: Sequence[Depth],
+    device: torch.device,
+    mesh: Mesh = ALONE,
+    *,
+    mask_documents: bool = False,
+) -> Iterator[Found]:
+    """(loss at the last depth, targets, record) of every batch; on a pipeline, nothing but on its last stage. Collective."""
+    if mesh.layout.pipeline > 1:
+        from pretrain.stages import evaluate_batches
+
+        yield from evaluate_batches(model, batches, depths, mask_documents)
+        return
+    for batch in batches:
+        tokens, targets, documents = to_device(batch, device, mask_documents)
+        loss, record = model(tokens, targets, documents, depths)
+        yield loss, targets, record
+
+
+def _over_ranks(sums: dict[str, Tensor], order: list[str]) -> tuple[dict[str, float], list[str]]:
+    """The sums, and the depths, of all ranks that have something to say."""
+    own = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
+    told = [(said, depths) for said, depths in gather((own, order)) if said]
+    return {key: math.fsum(said[key] for said, _ in told) for key in told[0][0]}, told[0][1]
 
 
 def _report(totals: dict[str, float], depths: list[str]) -> dict[str, Any]:

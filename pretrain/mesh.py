@@ -50,6 +50,10 @@ class Mesh:
         return [self.layout.rank(self.layout.pipeline - 1, data, 0) for data in range(self.layout.data)]
 
 
+ALONE = Mesh(Layout(), 0)
+"""A process that is a whole run."""
+
+
 def connect(layout: Layout, device: torch.device) -> Mesh:
     """The mesh of this rank. All ranks call it, once, after the process group is up."""
     if not layout.cuts_model:

@@ -15,6 +15,11 @@ Under ZeRO a rank holds a run of elements that may start and end inside a matrix
 which matrix every rank holds; one all-to-all brings each matrix whole to the one rank that owns it, and a second brings
 every rank its elements of the result. State stays sharded, each matrix is orthogonalised once, and a rank sends and
 receives at most about its own partition twice, whatever the number of ranks.
+
+Under tensor parallelism a matrix is cut into T equal shards first, along its rows or its columns, and each shard then over
+the data ranks. Its elements are numbered shard by shard: tensor rank t holds some of t * size / T ... (t + 1) * size / T. So
+a cut matrix is only a matrix with more holders; the dimension of the cut matters to its owner alone, which joins the shards
+before it orthogonalises and splits the result after. The ranks that exchange are data x tensor of one pipeline stage.
 Axes: r rows, c columns, k matrices of one shape. Refuses: anything but matrices.
 """
 
@@ -22,7 +27,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -86,8 +91,34 @@ def apply_update(parameter: Tensor, update: Tensor, lr: float, weight_decay: flo
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A matrix [rows, columns], held flat as `shards` equal parts cut along `dim`: one part after the other, each row-major."""
+
+    rows: int
+    columns: int
+    dim: int = 0
+    shards: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+    def join(self, flat: Tensor) -> Tensor:
+        """[rows, columns] from its flat elements [size]. Parts cut along the rows already lie row-major."""
+        if self.dim == 0:
+            return flat.view(self.rows, self.columns)
+        return flat.view(self.shards, self.rows, -1).movedim(0, 1).reshape(self.rows, self.columns)
+
+    def split(self, whole: Tensor) -> Tensor:
+        """The inverse of `join`."""
+        if self.dim == 0:
+            return whole.reshape(-1)
+        return whole.reshape(self.rows, self.shards, -1).movedim(1, 0).reshape(-1)
+
+
+@dataclass(frozen=True)
 class Piece:
-    """Elements start:stop (row-major) of matrix number `matrix`, which lie at `offset` of the holder's flat partition."""
+    """Elements start:stop of matrix number `matrix`, in its flat order, which lie at `offset` of the holder's flat partition."""
 
     matrix: int
     start: int
@@ -99,19 +130,19 @@ class Piece:
         return self.stop - self.start
 
 
-def _owners(pieces: Sequence[Sequence[Piece]], shapes: Sequence[tuple[int, int]]) -> list[int]:
+def _owners(pieces: Sequence[Sequence[Piece]], matrices: Sequence[Matrix]) -> list[int]:
     """The rank that orthogonalises each matrix: of those that hold at least half as much of it as any, the least loaded.
 
-    Whole or mostly local matrices thus stay (ZeRO 1 and 2), evenly cut ones (ZeRO 3) are spread by their cost.
+    Whole or mostly local matrices thus stay (ZeRO 1 and 2), evenly cut ones (ZeRO 3, tensor ranks) are spread by their cost.
     """
-    held = [[0] * len(pieces) for _ in shapes]
+    held = [[0] * len(pieces) for _ in matrices]
     for rank, own in enumerate(pieces):
         for piece in own:
             held[piece.matrix][rank] += piece.size
-    cost = [rows * columns * min(rows, columns) for rows, columns in shapes]
+    cost = [matrix.size * min(matrix.rows, matrix.columns) for matrix in matrices]
     load = [0] * len(pieces)
-    owners = [0] * len(shapes)
-    for matrix in sorted(range(len(shapes)), key=lambda index: -cost[index]):
+    owners = [0] * len(matrices)
+    for matrix in sorted(range(len(matrices)), key=lambda index: -cost[index]):
         candidates = [rank for rank, count in enumerate(held[matrix]) if 2 * count >= max(held[matrix])]
         owners[matrix] = min(candidates, key=lambda rank: load[rank])
         load[owners[matrix]] += cost[matrix]
@@ -120,30 +151,31 @@ def _owners(pieces: Sequence[Sequence[Piece]], shapes: Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class MatrixPieces:
-    """How `shapes` are cut over the ranks of `group`: pieces[rank] lists what lies in that rank's flat partition."""
+    """How `matrices` are cut over the ranks of `group`: pieces[rank] lists what lies in that rank's flat partition."""
 
-    shapes: tuple[tuple[int, int], ...]
+    matrices: tuple[Matrix, ...]
     pieces: tuple[tuple[Piece, ...], ...]
     rank: int
     group: dist.ProcessGroup | None
     owners: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        covered = [0] * len(self.shapes)
-        for piece in (piece for own in self.pieces for piece in own):
-            covered[piece.matrix] += piece.size
-        if covered != [rows * columns for rows, columns in self.shapes]:
+        reached, seamless = [0] * len(self.matrices), True
+        for matrix, start, stop in sorted((piece.matrix, piece.start, piece.stop) for own in self.pieces for piece in own):
+            seamless &= start == reached[matrix]
+            reached[matrix] = stop
+        if not seamless or reached != [matrix.size for matrix in self.matrices]:
             raise ValueError("The pieces of the ranks do not cover every matrix exactly once.")
-        object.__setattr__(self, "owners", tuple(_owners(self.pieces, self.shapes)))
+        object.__setattr__(self, "owners", tuple(_owners(self.pieces, self.matrices)))
 
     def update(self, mix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
         """Orthogonalised updates of this rank's partition [n], in `dtype`, from its momentum mix [n]. Collective over `group`."""
         outgoing = [self._between(self.rank, owner) for owner in range(len(self.pieces))]
         incoming = [self._between(holder, self.rank) for holder in range(len(self.pieces))]
-        whole = self._gather(mix, outgoing, incoming, dtype)
-        results = orthogonalised(list(whole.values()), steps, dtype)
-        whole = {matrix: result.reshape(-1) for matrix, result in zip(whole, results, strict=True)}
-        return self._scatter(whole, outgoing, incoming, torch.zeros(mix.numel(), dtype=dtype, device=mix.device))
+        own = self._gather(mix, outgoing, incoming, dtype)
+        results = orthogonalised([self.matrices[matrix].join(flat) for matrix, flat in own.items()], steps, dtype)
+        own = {matrix: self.matrices[matrix].split(result) for matrix, result in zip(own, results, strict=True)}
+        return self._scatter(own, outgoing, incoming, torch.zeros(mix.numel(), dtype=dtype, device=mix.device))
 
     def _between(self, holder: int, owner: int) -> list[Piece]:
         return [piece for piece in self.pieces[holder] if self.owners[piece.matrix] == owner]
@@ -161,19 +193,18 @@ class MatrixPieces:
         return list(received.split(sizes)) if sizes else []
 
     def _gather(self, mix: Tensor, outgoing: list[list[Piece]], incoming: list[list[Piece]], dtype: torch.dtype) -> dict[int, Tensor]:
-        """The matrices this rank owns, whole."""
+        """All elements of the matrices this rank owns, flat."""
         mix = mix.to(dtype)
         sent = [mix.narrow(0, piece.offset, piece.size) for pieces in outgoing for piece in pieces]
         received = self._exchange(sent, mix, outgoing, incoming)
-        whole: dict[int, Tensor] = {}
+        own = {matrix: mix.new_empty(self.matrices[matrix].size) for matrix, owner in enumerate(self.owners) if owner == self.rank}
         for piece, values in zip((piece for pieces in incoming for piece in pieces), received, strict=True):
-            matrix = whole.setdefault(piece.matrix, mix.new_empty(self.shapes[piece.matrix]))
-            matrix.view(-1)[piece.start : piece.stop] = values
-        return whole
+            own[piece.matrix][piece.start : piece.stop] = values
+        return own
 
-    def _scatter(self, whole: dict[int, Tensor], outgoing: list[list[Piece]], incoming: list[list[Piece]], out: Tensor) -> Tensor:
+    def _scatter(self, own: dict[int, Tensor], outgoing: list[list[Piece]], incoming: list[list[Piece]], out: Tensor) -> Tensor:
         """This rank's elements of every owner's flat results, in `out`; padding stays zero."""
-        sent = [whole[piece.matrix][piece.start : piece.stop] for pieces in incoming for piece in pieces]
+        sent = [own[piece.matrix][piece.start : piece.stop] for pieces in incoming for piece in pieces]
         received = self._exchange(sent, out, incoming, outgoing)
         for piece, values in zip((piece for pieces in outgoing for piece in pieces), received, strict=True):
             out.narrow(0, piece.offset, piece.size).copy_(values)
@@ -204,3 +235,13 @@ def cut_each(sizes: Sequence[int], ranks: int) -> tuple[tuple[Piece, ...], ...]:
         )
         for rank in range(ranks)
     )
+
+
+def on_every_shard(cut: Sequence[Sequence[Piece]], matrices: Sequence[Matrix], shards: int) -> tuple[tuple[Piece, ...], ...]:
+    """Pieces of data x tensor ranks, tensor fastest, when `cut` says how data ranks share one shard, the same on every tensor rank."""
+    result = []
+    for own in cut:
+        for shard in range(shards):
+            first = [shard * (matrix.size // shards) for matrix in matrices]
+            result.append(tuple(replace(p, start=first[p.matrix] + p.start, stop=first[p.matrix] + p.stop) for p in own))
+    return tuple(result)

@@ -100,7 +100,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"fused": fused})
         self.ema = ema
         self.muon_tensors = sum(len(group["params"]) for group in self.param_groups if group["update"] == MUON)
-        """How many tensors Muon updates; `attach_pieces` holds the partitions to it."""
+        """How many tensors Muon updates, those of this rank's pipeline stage; `attach_pieces` holds the partitions to it."""
         self.overflow = False
         """DeepSpeed reads it after `step`: whether the step was skipped because the gradient norm was not finite."""
         self._global_grad_norm: float | None = None  # the name under which DeepSpeed's engine looks for it
@@ -110,7 +110,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def attach_pieces(self, pieces: dict[Tensor, MatrixPieces]) -> None:
         """Tells how matrices lie in each flat Muon partition. Raises RuntimeError when one of them would go missing."""
-        found = sum(len(layout.shapes) for layout in pieces.values())
+        found = sum(len(layout.matrices) for layout in pieces.values())
         if found != self.muon_tensors:
             raise RuntimeError(f"Muon was given {self.muon_tensors} matrices, but the partitions hold {found}.")
         self._pieces = pieces
@@ -190,7 +190,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if all(p in self._pieces for p in parameters):
             return [self._pieces[p].update(mix, steps, dtype) for p, mix in zip(parameters, mixes, strict=True)]
         if any(p.ndim != 2 for p in parameters):
-            raise RuntimeError("Muon was handed something that is no matrix: call zero.attach(engine) after deepspeed.initialize.")
+            raise RuntimeError("Muon was handed something that is no matrix: call zero.attach after deepspeed.initialize.")
         return orthogonalised(mixes, steps, dtype)
 
 

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_pipeline import TokenLoader, ValidationLoader, open_manifest
+from data_pipeline import Batch, TokenLoader, ValidationLoader, open_manifest
 from pretrain.config import Recipe
 from pretrain.errors import NON_FINITE, SIGNALLED, Refusal, RunStopped
+from pretrain.layout import as_dict, layout_on
+from pretrain.mesh import Mesh, connect
 from pretrain.runtime import process_group
 
 
@@ -30,11 +32,13 @@ def train(recipe: Recipe, resume: bool) -> None:
         from pretrain.agreement import world_size
         from pretrain.run_folder import RunFolder
 
-        accumulation = recipe.check_world(world_size())
-        data = _open_data(recipe)  # what does not fit, or was prepared without validation, is refused before the folder is touched
+        layout = layout_on(recipe.layout, world_size())
+        accumulation = recipe.check_world(layout.data)
+        mesh = connect(layout, device)
+        data = _open_data(recipe, mesh)  # what does not fit, or was prepared without validation, is refused before the folder is touched
         folder = RunFolder.open(Path(recipe.run.dir), resume=resume)
         try:
-            _Run(recipe, folder, device, accumulation, data, resume).train()
+            _Run(recipe, folder, device, mesh, accumulation, data, resume).train()
         finally:
             folder.close()
 
@@ -51,42 +55,41 @@ class _Data(NamedTuple):
     validation: ValidationLoader
 
 
-def _open_data(recipe: Recipe) -> _Data:
-    """This rank's loaders. Raises Refusal for data that is damaged or does not fit the recipe."""
-    from pretrain.agreement import rank, world_size
+def _open_data(recipe: Recipe, mesh: Mesh) -> _Data:
+    """This rank's loaders: all ranks of a replica read the same. Raises Refusal for data that is damaged or does not fit the recipe."""
     from pretrain.evaluate import validation_loader
 
     training = TokenLoader(
         recipe.sources,
         sequence_length=recipe.data.sequence_length,
         micro_batch=recipe.train.micro_batch,
-        data_rank=rank(),
-        data_ranks=world_size(),
+        data_rank=mesh.where.data,
+        data_ranks=mesh.layout.data,
         seed=recipe.train.seed,
         workers=recipe.data.workers,
         cache=recipe.data.cache,
         vocabulary_limit=recipe.model.vocabulary_size,
     )
-    return _Data(training, validation_loader(recipe, rank(), world_size(), recipe.evaluation.tokens))
+    return _Data(training, validation_loader(recipe, mesh.where.data, mesh.layout.data, recipe.evaluation.tokens))
 
 
 class _Run:
     """The parts of a running run. `train` is the loop; the rest is what it does at each turn."""
 
-    def __init__(self, recipe: Recipe, folder: Any, device: torch.device, accumulation: int, data: _Data, resume: bool) -> None:
+    def __init__(self, recipe: Recipe, folder: Any, device: torch.device, mesh: Mesh, accumulation: int, data: _Data, resume: bool) -> None:
         from pretrain.agreement import rank, world_size
         from pretrain.engine import build_engine, build_model
         from pretrain.ledger import Ledger, peak_flops
         from pretrain.progress import Progress
         from pretrain.telemetry import Telemetry
 
-        self.recipe, self.folder, self.device, self.accumulation = recipe, folder, device, accumulation
+        self.recipe, self.folder, self.device, self.mesh, self.accumulation = recipe, folder, device, mesh, accumulation
         self.length = recipe.data.sequence_length or 0
         self.step_tokens = recipe.train.global_batch * self.length
         self.total_steps = recipe.steps(self.length)
         self.total_tokens = self.total_steps * self.step_tokens
         self.loader, self.validation = data
-        self.engine = build_engine(recipe, build_model(recipe, device), accumulation)
+        self.engine = build_engine(recipe, build_model(recipe, device, mesh), accumulation, mesh)
         torch.manual_seed(recipe.train.seed * world_size() + rank())  # noise of penalties differs by rank; weights are made
         self.ledger = Ledger(recipe.architecture, self.length, recipe.train.recompute)
         self.peak = recipe.train.peak_flops or self._known_peak(peak_flops)
@@ -171,7 +174,7 @@ class _Run:
         recipe, started = self.recipe, time.perf_counter()
         scale = apply_schedule(client_optimizer(self.engine), self.tokens, recipe.schedule, self.total_tokens)
         result = train_step(
-            self.engine, batches, self.accumulation, mask_documents=recipe.data.mask_documents, stop_requested=stop_requested
+            self.engine, batches, self.accumulation, self.mesh, mask_documents=recipe.data.mask_documents, stop_requested=stop_requested
         )
         self.step += 1
         self.since_record.append(time.perf_counter() - started)  # train_step has read its numbers back, so the device is done
@@ -227,7 +230,7 @@ class _Run:
 
         def run() -> dict[str, Any]:
             depths, mask = self.recipe.evaluation.iterations, self.recipe.data.mask_documents
-            return evaluate(self.engine, self.validation, depths, self.device, mask_documents=mask)
+            return evaluate(self.engine, self.validation, depths, self.device, self.mesh, mask_documents=mask)
 
         self.engine.eval()
         try:
@@ -245,13 +248,17 @@ class _Run:
 
     @torch.no_grad()
     def _probe_loss(self) -> float:
-        """The loss of one sequence of fixed tokens after one evaluation of f: told again when the checkpoint comes back."""
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.recipe.model.vocabulary_size or 0, (1, self.length + 1), generator=generator).to(self.device)
+        """The loss of one batch of fixed tokens after one evaluation of f: told again when the checkpoint comes back."""
+        from pretrain.agreement import gather
+        from pretrain.evaluate import forward
+
+        generator, shape = torch.Generator().manual_seed(0), (self.recipe.train.micro_batch, self.length + 1)
+        rows = torch.randint(self.recipe.model.vocabulary_size or 0, shape, generator=generator)
+        batch = Batch(rows[:, :-1], rows[:, 1:], torch.zeros_like(rows[:, 1:], dtype=torch.int32), torch.arange(len(rows)))
         self.engine.eval()
-        loss, _ = self.engine(tokens[:, :-1], tokens[:, 1:], None, (1,))
+        found = [float(loss) for loss, _, _ in forward(self.engine, [batch], (1,), self.device, self.mesh)]
         self.engine.train()
-        return float(loss)
+        return next(losses[0] for losses in gather(found) if losses)
 
     def _save(self) -> None:
         from pretrain.checkpoint import save
@@ -267,10 +274,16 @@ class _Run:
             telemetry=self.telemetry.state_dict(),
             probe_loss=self._probe_loss(),
         )
-        save(self.engine, self.folder.checkpoints, self.step, state, keep=self.recipe.checkpoint.keep, weights=weight_files(self.engine))
+        save(
+            self.engine,
+            self.folder.checkpoints,
+            self.step,
+            state,
+            keep=self.recipe.checkpoint.keep,
+            weights=weight_files(self.engine, self.mesh),
+        )
 
     def _write_summary(self) -> None:
-        from pretrain.agreement import world_size
 
         total = self.ledger.total
         self.folder.write_summary(
@@ -280,7 +293,7 @@ class _Run:
                 "total_steps": self.total_steps,
                 "tokens": self.ledger.tokens,
                 "seconds": self.seconds,
-                "data_ranks": world_size(),
+                "layout": as_dict(self.mesh.layout, zero=self.recipe.layout.zero),
                 "flops": {"total": total.hardware, "model": total.model, **asdict(total)},
                 "parameters": asdict(self._parameters()),
                 "skipped_steps": self.skipped,

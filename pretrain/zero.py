@@ -10,7 +10,10 @@ What `deepspeed.initialize` makes of a client optimizer (0.19.8), and what its g
 
 ZeRO 1 and 2 lay a group's parameters end to end, pad, and cut the whole into equal runs: a matrix may straddle ranks.
 ZeRO 3 pads and cuts every parameter by itself. All offsets are checked against where the weights really are.
-These are internals, so another version than the one read here is refused.
+Either cuts over the data ranks what this rank's stage and tensor rank hold, so the same holds for pipeline stages, whose groups
+differ, and for tensor ranks, whose groups must not: that is checked too. Muon exchanges over all ranks of the stage.
+These are internals, so another version than the one read here is refused. Refuses also a Muon matrix that every tensor rank holds
+whole: it would be orthogonalised by each.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from pretrain.errors import Refusal
-from pretrain.muon import MatrixPieces, cut_contiguously, cut_each
+from pretrain.mesh import Mesh
+from pretrain.muon import Matrix, MatrixPieces, Piece, cut_contiguously, cut_each, on_every_shard
 from pretrain.optimizer import MUON, MuonAdamW
 
 if TYPE_CHECKING:
@@ -49,8 +53,8 @@ def client_optimizer(engine: DeepSpeedEngine) -> MuonAdamW:
     return optimizer
 
 
-def attach(engine: DeepSpeedEngine, clip: float) -> None:
-    """Call once, right after `deepspeed.initialize`: fits the client optimizer to the engine's layout.
+def attach(engine: DeepSpeedEngine, clip: float, mesh: Mesh) -> None:
+    """Call once, right after `deepspeed.initialize`, on all ranks: fits the client optimizer to the engine's layout.
 
     clip: bound on the global gradient norm, 0 for none. DeepSpeed clips by its own `gradient_clipping`; only for fp32
     with ZeRO 0, where it neither reports the norm nor skips a non-finite one, the optimizer does all three, and
@@ -62,6 +66,8 @@ def attach(engine: DeepSpeedEngine, clip: float) -> None:
             f"run `pip install deepspeed=={DEEPSPEED_VERSION}`."
         )
     optimizer, wrapper = client_optimizer(engine), engine.optimizer
+    sharded = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3 | DeepSpeedZeroOptimizer | BF16_Optimizer)
+    _require(sharded or not mesh.layout.cuts_model, f"{type(wrapper).__name__} for a model cut by {mesh.layout.describe()}")
     if wrapper is optimizer:
         _require(engine.gradient_clipping() == 0, "for fp32 with ZeRO 0 gradient_clipping must be 0, the optimizer clips")
         optimizer.guard_gradients(clip)
@@ -70,7 +76,12 @@ def attach(engine: DeepSpeedEngine, clip: float) -> None:
     if isinstance(wrapper, FP16_UnfusedOptimizer):
         _undo_first_step(optimizer, wrapper)
         return
-    optimizer.attach_pieces(_matrix_pieces(optimizer, wrapper))
+    if mesh.layout.pipeline > 1 and isinstance(wrapper, DeepSpeedZeroOptimizer):
+        _measure_norm_once(wrapper)
+    stage3 = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
+    pieces = _stage3_pieces(optimizer, wrapper, mesh) if stage3 else _flat_pieces(optimizer, wrapper, mesh)
+    _compare_tensor_ranks([layout.matrices for layout in pieces.values()], mesh)
+    optimizer.attach_pieces(pieces)
 
 
 def _undo_first_step(optimizer: MuonAdamW, wrapper: FP16_UnfusedOptimizer) -> None:
@@ -79,62 +90,110 @@ def _undo_first_step(optimizer: MuonAdamW, wrapper: FP16_UnfusedOptimizer) -> No
     optimizer.state.clear()
 
 
-def _matrix_pieces(optimizer: MuonAdamW, wrapper: Any) -> dict[Tensor, MatrixPieces]:
-    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        return _stage3_pieces(optimizer, wrapper)
+def _measure_norm_once(wrapper: DeepSpeedZeroOptimizer) -> None:
+    """It sums the norm over the stages group by group, and stages hold different roles, hence numbers of groups: they would wait
+    for each other for ever. Here all groups are measured as one, which takes two all-reduces in all."""
+
+    def scaled_global_norm(norm_type: float = 2) -> Tensor:
+        gradients, parameters = [], []
+        for index, own in enumerate(wrapper.params_in_partition):
+            found = [gradient for gradient in wrapper.averaged_gradients[index] if not getattr(gradient, "_zero_padding", False)]
+            gradients += found[: len(own)]  # what is left over is padding
+            parameters += own
+        _require(len(gradients) == len(parameters), "a partition holds other gradients than its parameters'")
+        return wrapper.get_grad_norm_direct(gradients, parameters, norm_type)
+
+    wrapper.scaled_global_norm = scaled_global_norm
+
+
+def _check_data_group(group: dist.ProcessGroup, mesh: Mesh) -> None:
+    ours = next(ranks for ranks in mesh.layout.groups("data") if mesh.rank in ranks)
+    theirs = dist.get_process_group_ranks(group)
+    _require(list(theirs) == ours, f"it cuts over the ranks {list(theirs)}, and the data ranks of {mesh.layout.describe()} are {ours}")
+
+
+def _compare_tensor_ranks(matrices: list[tuple[Matrix, ...]], mesh: Mesh) -> None:
+    """Pieces are told from this rank's own partitions, so the others of the stage must hold shards of the same matrices."""
+    everyone: list[Any] = [None] * (mesh.layout.data * mesh.layout.tensor)
+    dist.all_gather_object(everyone, matrices, group=mesh.stage_group)
+    _require(all(other == matrices for other in everyone), "the ranks of a stage hold shards of different matrices")
+
+
+def _flat_pieces(optimizer: MuonAdamW, wrapper: Any, mesh: Mesh) -> dict[Tensor, MatrixPieces]:
+    """ZeRO 1 and 2: where each parameter lies is read off its storage, which is a view of the group's flat weights."""
     if isinstance(wrapper, BF16_Optimizer):
-        masters, groups, whole = wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, wrapper.bf16_groups_flat
+        masters, groups, flats = wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, wrapper.bf16_groups_flat
     else:
-        _require(isinstance(wrapper, DeepSpeedZeroOptimizer), f"it wrapped the optimizer in a {type(wrapper).__name__}")
-        masters, groups, whole = wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups, wrapper.bit16_groups_flat
+        masters, groups, flats = wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups, wrapper.bit16_groups_flat
     _require(len(masters) == len(optimizer.param_groups), "not one partition a group")
     pieces = {}
-    for index, group in enumerate(optimizer.param_groups):
-        _require(len(group["params"]) == 1 and group["params"][0] is masters[index], f"group {group['name']} holds other tensors")
+    for index, (group, master, whole) in enumerate(zip(optimizer.param_groups, masters, flats, strict=True)):
+        _require(len(group["params"]) == 1 and group["params"][0] is master, f"group {group['name']} holds other tensors")
+        _check_data_group(wrapper.real_dp_process_group[index], mesh)
+        partition = master.numel()
+        _require(partition * mesh.layout.data == whole.numel(), f"partitions of {partition} do not make {whole.numel()} elements")
+        own = whole.narrow(0, mesh.where.data * partition, partition)
+        _require(torch.equal(own.to(master.dtype), master.detach()), "the fp32 partition is not this rank's run of the weights")
         if group["update"] == MUON:
-            pieces[masters[index]] = _flat_pieces(masters[index], groups[index], whole[index], wrapper.real_dp_process_group[index])
+            parameters, offsets = groups[index], _offsets(groups[index], whole)
+            cut = cut_contiguously([parameter.numel() for parameter in parameters], offsets, partition, mesh.layout.data)
+            pieces[master] = _pieces_on_stage(parameters, [parameter.shape for parameter in parameters], cut, wrapper, mesh)
     return pieces
 
 
-def _flat_pieces(master: Tensor, parameters: Sequence[Tensor], whole: Tensor, group: dist.ProcessGroup) -> MatrixPieces:
-    """ZeRO 1 and 2: where each parameter lies is read off its storage, which is a view of the group's flat weights."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    partition = master.numel()
-    _require(partition * ranks == whole.numel(), f"{ranks} partitions of {partition} do not make {whole.numel()} elements")
-    own = whole.narrow(0, rank * partition, partition)
-    _require(torch.equal(own.to(master.dtype), master.detach()), "the fp32 partition is not this rank's run of the weights")
+def _offsets(parameters: Sequence[Tensor], whole: Tensor) -> list[int]:
+    """Where each parameter starts in its group's flat weights."""
     offsets = [(parameter.data_ptr() - whole.data_ptr()) // whole.element_size() for parameter in parameters]
-    sizes = [parameter.numel() for parameter in parameters]
     for parameter, offset in zip(parameters, offsets, strict=True):
         view = whole.narrow(0, offset, parameter.numel()) if 0 <= offset <= whole.numel() - parameter.numel() else whole[:0]
         _require(view.data_ptr() == parameter.data_ptr() and view.numel() == parameter.numel(), "a parameter lies outside its group")
-    shapes = [_matrix_shape(parameter.shape) for parameter in parameters]
-    return MatrixPieces(tuple(shapes), cut_contiguously(sizes, offsets, partition, ranks), rank, group)
+    return offsets
 
 
-def _stage3_pieces(optimizer: MuonAdamW, wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[Tensor, MatrixPieces]:
+def _stage3_pieces(optimizer: MuonAdamW, wrapper: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -> dict[Tensor, MatrixPieces]:
     """ZeRO 3: checked against the parameters' own shares. Their padding is uninitialised memory: zeroed here, it stays zero."""
     pieces = {}
     for index, (master, parameters) in enumerate(zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)):
-        group = wrapper.sub_group_process_groups[index]
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        cut = cut_each([parameter.ds_numel for parameter in parameters], ranks)
+        _check_data_group(wrapper.sub_group_process_groups[index], mesh)
+        cut = cut_each([parameter.ds_numel for parameter in parameters], mesh.layout.data)
         _require(master.numel() == sum(p.ds_tensor.numel() for p in parameters), "a partition is not its parameters' shares, joined")
         clean = torch.zeros_like(master)
-        for piece in cut[rank]:
+        for piece in cut[mesh.where.data]:
             share = parameters[piece.matrix].ds_tensor.detach().narrow(0, 0, piece.size).to(master.dtype)
             held = master.detach().narrow(0, piece.offset, piece.size)
             _require(torch.equal(share, held), "a partition does not hold its parameters' shares in order")
             clean.narrow(0, piece.offset, piece.size).copy_(held)
         master.data.copy_(clean)
         if optimizer.param_groups[wrapper.sub_group_to_group_id[index]]["update"] == MUON:
-            pieces[master] = MatrixPieces(tuple(_matrix_shape(parameter.ds_shape) for parameter in parameters), cut, rank, group)
+            pieces[master] = _pieces_on_stage(parameters, [parameter.ds_shape for parameter in parameters], cut, wrapper, mesh)
     return pieces
 
 
-def _matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    _require(len(shape) == 2, f"Muon takes matrices, not a tensor of shape {tuple(shape)}")
-    return shape[0], shape[1]
+def _pieces_on_stage(
+    parameters: Sequence[Tensor], shapes: Sequence[torch.Size], cut: Sequence[Sequence[Piece]], wrapper: Any, mesh: Mesh
+) -> MatrixPieces:
+    """From `cut`, how data ranks share this tensor rank's `parameters` of `shapes`, to all ranks of the stage."""
+    tensor = mesh.layout.tensor
+    matrices = [_matrix(p, shape, tensor, wrapper.param_names[p]) for p, shape in zip(parameters, shapes, strict=True)]
+    rank = mesh.where.data * tensor + mesh.where.tensor
+    _require(dist.get_rank(mesh.stage_group) == rank, f"rank {mesh.rank} is not number {rank} of its stage")
+    return MatrixPieces(tuple(matrices), on_every_shard(cut, matrices, tensor), rank, mesh.stage_group)
+
+
+def _matrix(parameter: Tensor, shape: torch.Size, tensor: int, name: str) -> Matrix:
+    """The whole matrix of which this rank's parameter of `shape` is the shard."""
+    _require(len(shape) == 2, f"Muon takes matrices, not {name} of shape {tuple(shape)}")
+    rows, columns = shape
+    if tensor == 1:
+        return Matrix(rows, columns)
+    if not getattr(parameter, "tensor_model_parallel", False):
+        raise RuntimeError(
+            f"Muon was given {name}, which every one of the {tensor} tensor ranks holds whole, so that each would orthogonalise it: cut it "
+            f"over them, or let its role take AdamW."
+        )
+    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+    _require(getattr(parameter, "partition_stride", 1) == 1, f"the shards of {name} are not contiguous")
+    return Matrix(rows * tensor, columns, 0, tensor) if dim == 0 else Matrix(rows, columns * tensor, 1, tensor)
 
 
 def masters(engine: DeepSpeedEngine) -> list[Tensor]:

@@ -11,14 +11,16 @@ import torch
 VOCABULARY, LENGTH, GLOBAL_BATCH, STEPS = 64, 16, 4, 5
 
 
-def recipe_of(case: dict[str, Any], micro_batch: int) -> Any:
-    """A tiny recipe; `case` holds overrides."""
+def recipe_of(case: dict[str, Any], ranks: int) -> Any:
+    """A tiny recipe; `case` holds overrides. A pipeline takes its share in two micro-batches where it can."""
     from pretrain.config import load_recipe
 
+    data = ranks // (case.get("layout.tensor", 1) * case.get("layout.pipeline", 1))
+    accumulation = 2 if case.get("layout.pipeline", 1) > 1 and data < GLOBAL_BATCH else 1
     settings = {
         "train.tokens": STEPS * GLOBAL_BATCH * LENGTH,
         "train.precision": "fp32",
-        "train.micro_batch": micro_batch,
+        "train.micro_batch": GLOBAL_BATCH // (data * accumulation),
         "train.global_batch": GLOBAL_BATCH,
         "data.sequence_length": LENGTH,
         "data.path": "nowhere",
@@ -35,8 +37,8 @@ def recipe_of(case: dict[str, Any], micro_batch: int) -> Any:
     return load_recipe("demo", [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()])
 
 
-def batches(rank: int, ranks: int) -> Any:
-    """Every step's global batch, this rank's rows; sequences differ in how repetitive they are, so solves differ in length."""
+def batches(rank: int, ranks: int, micro_batch: int) -> Any:
+    """Every step's global batch, the rows of data rank `rank` of `ranks`; sequences differ in how repetitive they are, so solves differ in length."""
     from data_pipeline import Batch
 
     generator = torch.Generator().manual_seed(1)
@@ -47,8 +49,9 @@ def batches(rank: int, ranks: int) -> Any:
         rows[1, LENGTH // 2 :] = 3
         rows[3, ::2] = 5
         own = rows[rank * share : (rank + 1) * share]
-        for micro in own.split(share):
-            yield Batch(micro[:, :-1], micro[:, 1:], torch.zeros_like(micro[:, 1:], dtype=torch.int32), torch.arange(len(micro)))
+        for micro in own.split(micro_batch):
+            documents = (micro[:, :-1] == 5).cumsum(dim=1).int()
+            yield Batch(micro[:, :-1], micro[:, 1:], documents, torch.arange(len(micro)))
 
 
 def parity(cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
@@ -61,31 +64,45 @@ def parity(cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
 
     results = []
     with process_group(TrainSection(tokens=1, device="cpu")) as device:
-        from pretrain.engine import build_engine, build_model
+        from pretrain.engine import build_engine, build_model, language_model
+        from pretrain.evaluate import evaluate
+        from pretrain.layout import layout_on
+        from pretrain.mesh import connect
         from pretrain.optimizer import apply_schedule
         from pretrain.step import train_step
         from pretrain.weights import gather_weights
         from pretrain.zero import client_optimizer
 
         for index, case in enumerate(cases):
-            recipe = recipe_of(case, GLOBAL_BATCH // world_size())
-            engine = build_engine(recipe, build_model(recipe, device), 1)
+            recipe = recipe_of(case, world_size())
+            layout = layout_on(recipe.layout, world_size())
+            mesh, accumulation = connect(layout, device), recipe.check_world(layout.data)
+            engine = build_engine(recipe, build_model(recipe, device, mesh), accumulation, mesh)
             engine.train()
             own_iterations: list[float] = []
-            refine = engine.module.refine
+            refine = language_model(engine).refine
             if refine is not None:
-                refine.register_forward_hook(lambda *a, out=own_iterations: out.append(float(a[2].solution.iterations.sum())))
-            stream, steps = batches(rank(), world_size()), []
+                refine.register_forward_hook(lambda *a, out=own_iterations: out.append(_iterations(a[2])))
+            stream, steps = batches(mesh.where.data, layout.data, recipe.train.micro_batch), []
+            mask = recipe.data.mask_documents
             for step in range(STEPS):
                 apply_schedule(client_optimizer(engine), step, recipe.schedule, STEPS)
-                result = train_step(engine, stream, 1, mask_documents=False, stop_requested=False)
+                result = train_step(engine, stream, accumulation, mesh, mask_documents=mask, stop_requested=False)
                 steps.append([result.loss, result.grad_norm, result.applied])
-            weights = gather_weights(engine)
+            engine.eval()
+            rows = [next(stream) for _ in range(accumulation)]
+            report = evaluate(engine, rows, [0, 1, "auto", "strict"], device, mesh, mask_documents=mask)
+            weights = gather_weights(engine, mesh)
             if rank() == 0:
                 save_file({name: tensor.float() for name, tensor in weights.items()}, Path(folder) / f"{world_size()}-{index}.safetensors")
-            results.append({"steps": steps, "iterations": own_iterations, "muon": client_optimizer(engine).muon_tensors})
+            told = {"steps": steps, "iterations": own_iterations, "muon": client_optimizer(engine).muon_tensors}
+            results.append(told | {"report": report, "tells": mesh.tells, "solver": result.solver})
             engine.destroy()
     return results
+
+
+def _iterations(refined: Any) -> float:
+    return 0.0 if refined.solution is None else float(refined.solution.iterations.sum())  # 0: the proposal, evaluated
 
 
 def interrupted_run(run: str, data: str, stops: list[int], resume: bool, extra: list[str]) -> dict[str, Any]:
