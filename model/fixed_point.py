@@ -229,9 +229,7 @@ def _solve_fixed(f: Map, y: Tensor, config: SolverConfig, tokens: Tokens) -> Sol
     return Solution(value, residual, counts, residual < config.tolerance, batch * config.max_iterations, fallbacks)
 
 
-def _solve_adaptive(
-    f: Map, y: Tensor, config: SolverConfig, restrict: Callable[[Tensor], Map] | None, tokens: Tokens
-) -> Solution:
+def _solve_adaptive(f: Map, y: Tensor, config: SolverConfig, restrict: Callable[[Tensor], Map] | None, tokens: Tokens) -> Solution:
     batch, device, mixer = y.shape[0], y.device, _Mixer(config, tokens)
     best, state = [float("inf")] * batch, y.clone()
     iterations, lows = [0] * batch, [0] * batch  # evaluations taken, and taken when the residual was lowest

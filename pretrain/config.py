@@ -95,6 +95,10 @@ class Recipe(Section):
         model = replace(self.model, vocabulary_size=-(-vocabulary_size // 64) * 64 if rows is None else rows)
         length = self.data.sequence_length or sequence_length
         data = self.data.model_copy(update={"sequence_length": length})
+        try:
+            refuse_illegal(self.layout, model, length)  # what was open when the recipe was read is known now
+        except ValueError as error:
+            raise Refusal(f"{error} (With the data prepared at {path}.)") from error
         complete = self.model_copy(update={"model": model, "data": data})
         complete.steps(length)
         return complete

@@ -12,7 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import groups, set_z3_leaf_modules
 
 from model.language_model import LanguageModel, build
 from model.layers import Layers, PlainLayers
@@ -68,6 +68,7 @@ def build_engine(recipe: Recipe, model: LanguageModel, accumulation: int, mesh: 
         from pretrain.stages import Stages
 
         module = Stages(model, stages_of(recipe, mesh), mesh)
+    groups.mpu = None  # DeepSpeed would go on with that of this process's last engine
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,

@@ -1,13 +1,17 @@
 """The model as DeepSpeed's PipelineModule: one stage's layers on this rank, everything else on the meta device.
 
-    (tokens, documents) -> embedding -> block 0 ... block n-1 -> tail: attractor, final norm -> head: tied unembedding, loss
+    (tokens, targets, documents) -> embedding -> block 0 ... block n-1 -> tail: attractor, final norm, unembedding -> loss
 
-Each layer takes and gives (x, tokens, documents): what makes the mask and looks up value embeddings travels with the activations, so
-every stage sees the same document boundaries and positions. Without masked documents a single zero stands for them. The attractor
-is whole on the last stage; the tied table is on the first and the last, its gradients added up once a step by DeepSpeed.
+Each layer takes and gives (x, tokens, targets, documents): what makes the mask, looks up value embeddings and is predicted travels with
+the activations, so every stage sees the same document boundaries and positions, and only the first reads data. Without masked
+documents a single zero stands for them. The attractor is whole on the last stage; the tied table is on the first and the last, its
+gradients added up once a step by DeepSpeed.
+
+The loss is the module's output, not DeepSpeed's `loss_fn` of it: under bf16 the engine (0.19.8) clears gradients when backward reaches
+the module's output, so parameters used after it (the unembedding, at least) would silently never train.
 
 Layers are the LanguageModel's own modules, so parameters keep their canonical names and roles, and a stage's first weights are those of
-the whole model. What the loss of each micro-batch found is kept in `found` on the last stage.
+the whole model. What each micro-batch's loss found is kept in `found` on the last stage.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -32,8 +36,10 @@ from pretrain.mesh import Mesh
 from pretrain.partition import Stage
 from pretrain.step import Found
 
-Traveller = tuple[Tensor, Tensor, Tensor]
-"""x [b, s, w] (this rank's tokens), tokens [b, s], documents [b, s], or [1] where attention crosses them."""
+Marks = tuple[Tensor, Tensor, Tensor]
+"""tokens [b, s], targets [b, s], documents [b, s], or [1] where attention crosses them."""
+Traveller = tuple[Tensor, Tensor, Tensor, Tensor]
+"""x [b, s, w] (this rank's tokens), and the marks."""
 
 
 def stage_modules(model: LanguageModel, stages: Sequence[Stage], pipe: int) -> list[nn.Module]:
@@ -63,15 +69,14 @@ def materialise_stage(model: LanguageModel, stages: Sequence[Stage], pipe: int, 
 
 
 class _Embed(nn.Module):
-    """The tied layer: first in the pipeline by itself, last through `_Head`."""
+    """The tied layer: by itself first in the pipeline, as the table of the unembedding last."""
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
         self.embedding = embedding
 
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> Traveller:
-        tokens, documents = inputs
-        return self.embedding(tokens), tokens, documents
+    def forward(self, marks: Marks) -> Traveller:
+        return self.embedding(marks[0]), *marks
 
 
 class _Block(nn.Module):
@@ -86,13 +91,13 @@ class _Block(nn.Module):
         self.layer = layer
 
     def forward(self, inputs: Traveller) -> Traveller:
-        x, tokens, documents = inputs
+        x, tokens, targets, documents = inputs
         context = make_context(self.config, tokens, documents if documents.ndim == 2 else None)
-        return self.apply_layer(self.layer, x, tokens, context), tokens, documents
+        return self.apply_layer(self.layer, x, tokens, context), tokens, targets, documents
 
 
 class _Tail(nn.Module):
-    """The attractor, the final norm and an untied unembedding, held here; their mathematics is the model's."""
+    """Holds the attractor, the final norm and an untied unembedding; `Stages.finish` uses them."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -110,14 +115,13 @@ class Stages(PipelineModule):
         self.found: list[Found] = []
         self.depths: Sequence[Depth] | None = None
         blocks = [_Block(model, layer) for layer in range(len(model.backbone.blocks))]
+        first: Any = _Embed(model.embedding)
+        last: Any = self.finish
         if model.head is None:
-            weight = "embedding.weight"
-            first: Any = _Built("embedding", _Embed(model.embedding), None, weight)
-            last: Any = _Built("embedding", _Embed(model.embedding), lambda _, inputs: inputs, weight)
-        else:
-            first, last = _Embed(model.embedding), lambda inputs: inputs
+            first = _Built("embedding", first, None)
+            last = _Built("embedding", first.module, lambda _, inputs: self.finish(inputs))
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition and its seeds
-            super().__init__([first, *blocks, _Tail(model), last], topology=mesh.grid.topology(), loss_fn=self._loss)
+            super().__init__([first, *blocks, _Tail(model), last], topology=mesh.grid.topology())
         object.__setattr__(self, "model", model)  # not a submodule: its layers already are
         self.stages = list(stages)
 
@@ -132,20 +136,25 @@ class Stages(PipelineModule):
         found, self.found = self.found, []
         return found
 
-    def _loss(self, outputs: Traveller, targets: Tensor) -> Tensor:
+    def finish(self, inputs: Traveller) -> Tensor:
         """The weighted loss of one micro-batch (see pretrain.step), on the last stage."""
-        x, tokens, documents = outputs
+        x, tokens, targets, documents = inputs
         context = make_context(self.model.config.model, tokens, documents if documents.ndim == 2 else None)
         loss, record = self.model.finish(x, context, targets, self.depths)
         self.found.append((loss.detach(), targets, record))
         return loss * ((targets != IGNORE).sum() / targets.numel())
 
 
-def pairs(batches: Iterable[Batch], mask_documents: bool) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-    """Batches as DeepSpeed's pipeline reads them: ((tokens, documents), targets)."""
+def pairs(batches: Iterable[Batch], mask_documents: bool) -> Iterator[tuple[Marks, Tensor]]:
+    """Batches as DeepSpeed's pipeline reads them on its first stage: (inputs, labels), of which the labels are not used."""
     for batch in batches:
         documents = batch.documents if mask_documents else batch.documents.new_zeros(1)
-        yield (batch.tokens, documents), batch.targets
+        yield (batch.tokens, batch.targets, documents), documents
+
+
+def feed(engine: Any, batches: Iterable[Batch], mask_documents: bool) -> Iterator[Any]:
+    """What this stage's engine draws from: batches on the first, nothing of meaning on the last, which is asked as well."""
+    return pairs(batches, mask_documents) if engine.is_first_stage() else repeat((None, torch.zeros(())))
 
 
 def evaluate_batches(engine: Any, batches: Iterable[Batch], depths: Sequence[Depth], mask_documents: bool) -> Iterator[Found]:
@@ -154,7 +163,7 @@ def evaluate_batches(engine: Any, batches: Iterable[Batch], depths: Sequence[Dep
     stages.depths = depths
     try:
         while chunk := list(islice(remaining, 4 * engine.num_stages)):  # enough to fill the pipeline, few enough to hold
-            engine.eval_batch(pairs(chunk, mask_documents), reduce_output=None, bcast_loss=False, num_micro_batches=len(chunk))
+            engine.eval_batch(feed(engine, chunk, mask_documents), reduce_output=None, bcast_loss=False, num_micro_batches=len(chunk))
             yield from stages.take_found()
     finally:
         stages.depths = None
@@ -164,8 +173,8 @@ def evaluate_batches(engine: Any, batches: Iterable[Batch], depths: Sequence[Dep
 class _Built(TiedLayerSpec):
     """A tied layer that exists already."""
 
-    def __init__(self, key: str, module: nn.Module, forward: Any, weight: str) -> None:
-        super().__init__(key, type(module), forward_fn=forward, tied_weight_attr=weight)
+    def __init__(self, key: str, module: nn.Module, forward: Any) -> None:
+        super().__init__(key, type(module), forward_fn=forward, tied_weight_attr="embedding.weight")
         self.module = module
 
     def build(self, log: bool = False) -> nn.Module:

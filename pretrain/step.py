@@ -83,9 +83,9 @@ def _in_turn(engine: Any, batches: Iterator[Batch], accumulation: int, mask_docu
 
 
 def _pipelined(engine: Any, batches: Iterator[Batch], accumulation: int, mask_documents: bool) -> list[Found]:
-    from pretrain.stages import pairs
+    from pretrain.stages import feed
 
-    engine.train_batch(pairs(batches, mask_documents))
+    engine.train_batch(feed(engine, batches, mask_documents))
     return engine.module.take_found()
 
 

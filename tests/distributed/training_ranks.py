@@ -38,7 +38,7 @@ def recipe_of(case: dict[str, Any], ranks: int) -> Any:
 
 
 def batches(rank: int, ranks: int, micro_batch: int) -> Any:
-    """Every step's global batch, the rows of data rank `rank` of `ranks`; sequences differ in how repetitive they are, so solves differ in length."""
+    """Every step's global batch, the rows of one data rank; sequences are more and less repetitive, so solves differ in length."""
     from data_pipeline import Batch
 
     generator = torch.Generator().manual_seed(1)
@@ -63,6 +63,7 @@ def parity(cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
     from pretrain.runtime import process_group
 
     results = []
+    meshes: dict[Any, Any] = {}  # groups cost threads, which would pile up
     with process_group(TrainSection(tokens=1, device="cpu")) as device:
         from pretrain.engine import build_engine, build_model, language_model
         from pretrain.evaluate import evaluate
@@ -76,7 +77,9 @@ def parity(cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
         for index, case in enumerate(cases):
             recipe = recipe_of(case, world_size())
             layout = layout_on(recipe.layout, world_size())
-            mesh, accumulation = connect(layout, device), recipe.check_world(layout.data)
+            if layout not in meshes:
+                meshes[layout] = connect(layout, device)
+            mesh, accumulation = meshes[layout], recipe.check_world(layout.data)
             engine = build_engine(recipe, build_model(recipe, device, mesh), accumulation, mesh)
             engine.train()
             own_iterations: list[float] = []
