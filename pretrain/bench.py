@@ -76,7 +76,7 @@ class _Bench:
         fused = self.device.type == "cuda"
         self.optimizer: MuonAdamW = build_optimizer(self.model, parameter_roles(self.model), recipe.optimizer, fused=fused)
         self.optimizer.guard_gradients(recipe.optimizer.clip)
-        self.batches = _text_batches(recipe.train.micro_batch, self.length, vocabulary, self.device)
+        self.batches = text_batches(recipe.train.micro_batch, self.length, vocabulary, self.device)
 
     def fix(self, iterations: int) -> None:
         """From now on every solve takes so many evaluations."""
@@ -171,7 +171,7 @@ class _Bench:
         return times
 
 
-def _text_batches(batch: int, length: int, vocabulary: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def text_batches(batch: int, length: int, vocabulary: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (tokens, targets) [batch, length] from English bytes, taken modulo the vocabulary."""
     from pydoc_data.topics import topics
 

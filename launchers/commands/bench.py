@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -14,8 +15,9 @@ from rich.table import Table
 
 from launchers.commands.train import Overrides
 from launchers.output import console, deliver, si, size
-from pretrain.config import load_recipe
+from pretrain.config import Recipe, load_recipe
 from pretrain.errors import Refusal
+from pretrain.layout import Layout
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -33,6 +35,14 @@ _DATA_EPILOG = """\
   attractor bench data
 
   attractor bench data corpus.txt --workers 2 --json
+"""
+
+_LAYOUT_EPILOG = """\
+[bold]Examples[/]
+
+  attractor bench layout --procs 2
+
+  attractor bench layout attractor-140m train.global_batch=32 train.micro_batch=2 --procs 8 --json
 """
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -87,6 +97,38 @@ def data(
     """Measure tokenising (MB/s, against tokenizers' own encode_batch) and loading (tokens/s on one core)."""
     names = sources or ["python-docs"]
     deliver(as_json, lambda: _data_rows(names, megabytes, vocab_size, sequence_length, workers), lambda rows: _show("Data", rows))
+
+
+@app.command("layout", epilog=_LAYOUT_EPILOG)
+def layout(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The model and batch to time.")] = "demo",
+    overrides: Overrides = None,
+    procs: Annotated[int, typer.Option("--procs", min=2, help="Ranks on this machine to lay out.")] = 2,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps a layout, after a warm-up.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Time a training step on one rank and on every legal layout of --procs ranks, and what they spend on communication."""
+    changes = ["train.global_batch=8", "train.micro_batch=1", *(overrides or [])] if recipe == "demo" else list(overrides or [])
+    resolved = load_recipe(recipe, changes)
+    deliver(as_json, lambda: _layout_rows(resolved, recipe, changes, procs, steps), lambda rows: _show("Training step by layout", rows))
+
+
+def _layout_rows(resolved: Recipe, recipe: str, changes: list[str], procs: int, steps: int) -> list[Row]:
+    from launchers.local import launch
+    from pretrain.bench_layout import complete, layouts_of
+
+    rows = []
+    layouts = [Layout(), *layouts_of(complete(resolved), procs)]
+    with tempfile.TemporaryDirectory() as folder, console().status("") as status:
+        for number, each in enumerate(layouts):
+            status.update(f"{each.describe()} ({number + 1} of {len(layouts)})")
+            result = Path(folder) / f"{number}.json"
+            axes = [f"layout.tensor={each.tensor}", f"layout.pipeline={each.pipeline}", "layout.zero=1"]
+            code = launch(["-m", "pretrain.bench_layout", str(result), str(steps), recipe, *changes, *axes], each.ranks)
+            if code:
+                raise typer.Exit(code)
+            rows.append(json.loads(result.read_text()))
+    return rows
 
 
 def _data_rows(sources: list[str], megabytes: float, vocab_size: int, sequence_length: int, workers: int) -> list[Row]:

@@ -109,18 +109,24 @@ def _iterations(refined: Any) -> float:
 
 
 def interrupted_run(run: str, data: str, stops: list[int], resume: bool, extra: list[str]) -> dict[str, Any]:
-    """Trains the recipe of `run` in this process, asking itself to stop before the steps in `stops`; what each step saw."""
+    """Trains the recipe of `run` in this process, asking itself to stop before the steps in `stops`.
+
+    What each step saw; and, by micro-batch, hashes of what this rank's loader gave, and of the targets its loss was of.
+    """
     import os
     import signal
 
     import pretrain.step
+    from model.language_model import LanguageModel
     from pretrain.config import load_recipe
     from pretrain.errors import RunStopped
     from pretrain.trainer import train
 
     recipe = load_recipe("demo", [f"data.path={data}", f"run.dir={run}", *extra])
     seen: list[list[Any]] = []
-    original = pretrain.step.train_step
+    read: list[str] = []
+    predicted: list[str] = []
+    original, finish = pretrain.step.train_step, LanguageModel.finish
 
     def watched(engine: Any, stream: Any, accumulation: int, **options: Any) -> Any:
         ids: list[int] = []
@@ -128,6 +134,7 @@ def interrupted_run(run: str, data: str, stops: list[int], resume: bool, extra: 
         def noting() -> Any:
             for batch in stream:
                 ids.extend(batch.sample_ids.tolist())
+                read.append(_hash(batch.targets))
                 yield batch
 
         step = engine.global_steps + 1
@@ -138,7 +145,13 @@ def interrupted_run(run: str, data: str, stops: list[int], resume: bool, extra: 
         seen.append([step, ids, result.loss, result.grad_norm])
         return result
 
+    def finishing(model: Any, proposal: Any, context: Any, targets: torch.Tensor, depths: Any = None) -> Any:
+        if depths is None:
+            predicted.append(_hash(targets))
+        return finish(model, proposal, context, targets, depths)
+
     pretrain.step.train_step = watched  # type: ignore[assignment]
+    LanguageModel.finish = finishing  # type: ignore[method-assign]
     code = 0
     try:
         train(recipe, resume)
@@ -146,6 +159,11 @@ def interrupted_run(run: str, data: str, stops: list[int], resume: bool, extra: 
         code = stopped.code
     finally:
         pretrain.step.train_step = original  # type: ignore[assignment]
+        LanguageModel.finish = finish  # type: ignore[method-assign]
     newest = Path(run) / "checkpoints" / (Path(run) / "checkpoints" / "latest").read_text().strip()
     digest = hashlib.sha256((newest / "weights.safetensors").read_bytes()).hexdigest()
-    return {"code": code, "seen": seen, "weights": digest, "checkpoint": newest.name}
+    return {"code": code, "seen": seen, "weights": digest, "checkpoint": newest.name, "read": read, "predicted": predicted}
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:12]
