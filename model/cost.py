@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a model in closed form, as functions of the solver's iterations. No torch.
+"""Parameters, FLOPs and bytes of a model in closed form, as functions of the solver's iterations and of how ranks divide it. No torch.
 
 Conventions, so that the figures can be checked (tests hold them to torch's FlopCounterMode):
 - A matrix product of [m, k] by [k, n] is 2 m k n. Norms, gates, rotary, softmax, mixing and embedding look-ups count nothing.
@@ -10,7 +10,7 @@ Conventions, so that the figures can be checked (tests hold them to torch's Flop
 - Model FLOPs: what the method requires (evaluations of f included, since they are its depth). Hardware FLOPs: what ran,
   so with the score and block recomputation added. MFU divides the former by the peak.
 
-Units: FLOPs a token unless a name says otherwise. `evaluations` is the measured number a sequence.
+Units: FLOPs a token, of all tensor ranks together, unless a name says otherwise. `evaluations` is the measured number a sequence.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def flops(
     if not training:
         return Flops(head, 0, backbone + backbone_attention, 0, evaluations * f, 0, 0, 0)
     applications = (config.gradient.steps if config.gradient.mode == "phantom" else 1) if solved else 0
-    products = _implied_products(config) if products is None else products
+    products = implied_products(config) if products is None else products
     scores = 0.5 * (backbone_attention + (applications + products) * f_attention)
     recomputable = config.gradient.mode in ("one_step", "phantom")
     skipped = m.backbone_layers * 2.0 * m.hidden * m.width  # recomputation stops before a block's last product: nothing saved it
@@ -152,15 +152,67 @@ def flops(
     )
 
 
-def _implied_products(config: ModelConfig) -> float:
+def implied_products(config: ModelConfig) -> float:
+    """Vector-Jacobian products a sequence to plan with."""
     if config.model.kind != "attractor":
         return 0
     return {"neumann": float(config.gradient.steps), "adjoint": config.solver.expected_iterations}.get(config.gradient.mode, 0.0)
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one rank holds of a model: blocks first:stop of the backbone and which of its ends, cut over `tensor` ranks."""
+
+    first: int
+    stop: int
+    start: bool
+    """The token embedding."""
+    end: bool
+    """Attractor, final norm and unembedding: a second copy of a tied table, where `start` is elsewhere."""
+    tensor: int = 1
+    sequence_parallel: bool = False
+    in_flight: int = 1
+    """Micro-batches whose activations are kept at once."""
+
+
+def whole(config: ModelConfig) -> Share:
+    """One rank that holds everything."""
+    return Share(0, config.model.backbone_layers, start=True, end=True)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters on one rank: its part of those that tensor ranks divide, and those that every tensor rank has."""
+
+    divided: int
+    replicated: int
+    backbone_matrices: int
+    """Of the divided ones, those that Muon updates."""
+
+    @property
+    def total(self) -> int:
+        return self.divided + self.replicated
+
+
+def held_parameters(config: ModelConfig, share: Share) -> Held:
+    """Parameters of one rank, exactly. Tensor ranks divide every matrix but the merge of a concat injection, and repeat vectors."""
+    m, blocks = config.model, range(share.first, share.stop)
+    tables = sum(m.has_value_embedding(layer) for layer in blocks)
+    matrices = len(blocks) * _matrices(m)
+    divided = matrices + tables * (_value_gate(m) + (m.vocabulary_size or 0) * m.key_value_heads * m.head_dim)
+    replicated = len(blocks) * 2 * m.width
+    divided += (m.vocabulary_size or 0) * m.width * (share.start + (share.end and not (share.start and m.tied_embeddings)))
+    if share.end:
+        replicated += m.width
+    if share.end and m.kind == "attractor":
+        divided += config.attractor.layers * _matrices(m)
+        replicated += config.attractor.layers * 4 * m.width + _merge(config)
+    return Held(divided // share.tensor, replicated, matrices // share.tensor)
+
+
+@dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. Activations are an estimate (see activation_bytes); the rest is exact up to padding."""
+    """Bytes on one rank. Activations and solver are estimates (see activation_bytes); the rest is exact up to padding."""
 
     weights: float
     gradients: float
@@ -182,39 +234,66 @@ def memory(
     zero: int,
     data_ranks: int,
     recompute: bool = False,
+    share: Share | None = None,
+    muon: bool = False,
+    average: bool = False,
 ) -> Memory:
-    """Bytes on one of data_ranks ranks under ZeRO stage `zero`, AdamW moments counted for every parameter.
+    """Bytes on one of data_ranks ranks that hold `share` (None: the whole model) under ZeRO stage `zero`.
 
-    fp32: weights 4, gradients 4, two moments 8. bf16: weights 2, fp32 accumulated gradients 4, fp32 master and moments 12.
-    ZeRO 1 divides the optimizer, 2 the gradients too, 3 the weights too.
+    Gradients are fp32. The optimizer holds fp32 master weights (of fp32 weights DeepSpeed makes a copy under ZeRO 1 and 2 alone), two
+    moments, of backbone matrices with `muon` one, an `average` if kept. ZeRO 1 divides it, 2 the gradients too, 3 the weights too.
     """
-    total = count_parameters(config).total
-    state = 8 if bytes_per_value == 4 else 12
-    share = [1 if zero < stage else data_ranks for stage in (1, 2, 3)]
+    share = share or whole(config)
+    held = held_parameters(config, share)
+    master = 4 if bytes_per_value == 2 or zero in (1, 2) else 0
+    ranks = [1 if zero < stage else data_ranks for stage in (1, 2, 3)]
     tokens = micro_batch * sequence_length
-    # y, f, r, the previous f and r, and a pair of differences for every step of history, all fp32
-    copies = (5 + (2 * config.solver.history if config.solver.method == "anderson" else 0)) if config.model.kind == "attractor" else 0
+    solving = share.end and config.model.kind == "attractor"
     return Memory(
-        weights=total * bytes_per_value / share[2],
-        gradients=total * 4 / share[1],
-        optimizer=total * state / share[0],
-        activations=tokens * activation_bytes(config, bytes_per_value, recompute=recompute),
-        solver=4.0 * copies * tokens * config.model.width,
+        weights=held.total * bytes_per_value / ranks[2],
+        gradients=held.total * 4 / ranks[1],
+        optimizer=(held.total * (master + 8 + 4 * average) - 4 * muon * held.backbone_matrices) / ranks[0],
+        activations=tokens * activation_bytes(config, bytes_per_value, recompute=recompute, share=share),
+        solver=4.0 * _solver_copies(config) * tokens * config.model.width / share.tensor if solving else 0.0,
     )
 
 
-def activation_bytes(config: ModelConfig, bytes_per_value: int, *, recompute: bool = False) -> float:
-    """Bytes a token at the height of a step: an estimate from what each operation saves for backward, checked to 15 % in tests.
+def _solver_copies(config: ModelConfig) -> int:
+    """fp32 tensors as large as the state: y, f, r, the previous f and r, and a pair of differences for every step of history. An
+    adjoint solve has a longer history (model.implicit), and runs when the other is done."""
+    if config.solver.method != "anderson":
+        return 5
+    history = config.solver.history
+    return 5 + 2 * (max(4, history) if config.gradient.mode == "adjoint" else history)
+
+
+def activation_bytes(config: ModelConfig, bytes_per_value: int, *, recompute: bool = False, share: Share | None = None) -> float:
+    """Bytes a token of a micro-batch at the height of a step: an estimate of what is saved for backward, within 15 % in tests.
 
     A block keeps, in units of the width: inputs and outputs of two norms (4), q and k before and after their norms, v, the
     attention's output as attended and as reshaped (2); the MLP keeps its hidden width twice (relu2: after relu, squared) or
     four times (swiglu). A gated block adds what its gates multiply (2). Under recomputation blocks keep their inputs, and one
     block lives at a time. Iterations of the solver keep nothing.
+
+    Tensor ranks divide what lies between matrices of a block. Where tokens are divided (sequence_parallel; always in the
+    attractor) they also divide norm inputs and what gates multiply, but not norm outputs, which matrices read whole. A stage that
+    is not the last keeps what it sends on.
     """
-    m = config.model
+    m, share = config.model, share or whole(config)
+    stream = m.width / share.tensor if share.sequence_parallel else float(m.width)
+    block, solved, end = block_values(m, share.tensor, share.sequence_parallel), 0.0, 0.0
+    if share.end:
+        end = (m.width / share.tensor if m.kind == "attractor" else stream) + 2 * m.width  # the final norm's two ends, the head's gradient
+        applications = config.gradient.steps if config.gradient.mode == "phantom" and not recompute else 1
+        solved = applications * config.attractor.layers * block_values(m, share.tensor, True, gated=True) if m.kind == "attractor" else 0.0
+    layers = share.stop - share.first
+    kept = share.in_flight * (layers * (stream if recompute else block) + (0.0 if share.end else stream))
+    living = max(block if layers else 0.0, solved) if recompute else solved
+    return bytes_per_value * (kept + living + end)
+
+
+def block_values(m: BackboneConfig, tensor: int = 1, divided: bool = False, gated: bool = False) -> float:
+    """Values a token that a rank keeps of one block; `divided` are its tokens between matrices."""
     kv = m.key_value_heads / m.heads
-    block = m.width * (4 + (1 + kv) * (2 if m.qk_norm else 1) + kv + 2) + (4 if m.mlp == "swiglu" else 2) * m.hidden
-    applications = config.gradient.steps if config.gradient.mode == "phantom" and not recompute else 1
-    solved = applications * config.attractor.layers * (block + 2 * m.width) if m.kind == "attractor" else 0
-    kept = m.backbone_layers * m.width + max(block, solved) if recompute else m.backbone_layers * block + solved
-    return bytes_per_value * (kept + 3 * m.width)  # the final norm's input and output, and the head's gradient
+    inside = m.width * ((1 + kv) * (2 if m.qk_norm else 1) + kv + 2) + (4 if m.mlp == "swiglu" else 2) * m.hidden
+    return 2 * m.width + (4 if gated else 2) * m.width / (tensor if divided else 1) + inside / tensor

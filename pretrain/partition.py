@@ -31,7 +31,7 @@ def partition(config: ModelConfig, sequence_length: int, stages: int, *, recompu
     """The stages of a model, in order. With fewer layers than stages, recipes were refused before (pretrain.layout)."""
     block, tail = layer_flops(config, sequence_length, recompute=recompute)
     smallest_last = 0 if config.model.kind == "attractor" and stages > 1 else 1
-    counts = balance([block] * config.model.backbone_layers, tail, stages, smallest_last)
+    counts = balance([round(block)] * config.model.backbone_layers, round(tail), stages, smallest_last)  # whole: ties stay ties
     bounds = [sum(counts[:stage]) for stage in range(stages + 1)]
     return [
         Stage(first, stop, block * (stop - first) + (tail if stage == stages - 1 else 0.0))

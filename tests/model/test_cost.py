@@ -1,4 +1,4 @@
-"""The closed forms of parameters and FLOPs against models that are built and operations that are counted while they run."""
+"""The closed forms of parameters, FLOPs and bytes against models that are built and operations that are counted while they run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
-from model.cost import Flops, activation_bytes, count_parameters, flops, memory
+from model.cost import Flops, activation_bytes, count_parameters, flops, held_parameters, memory, whole
 from model.language_model import build
 from tests.model.support import configuration, random_tokens
 
@@ -179,6 +179,18 @@ def test_memory_divides_what_zero_divides() -> None:
     assert len({stage.activations for stage in stages}) == 1
     assert stages[0].total == pytest.approx(sum(asdict(stages[0]).values()))
     single = memory(config, LENGTH, BATCH, bytes_per_value=4, zero=0, data_ranks=1)
+    copied = [memory(config, LENGTH, BATCH, bytes_per_value=4, zero=zero, data_ranks=1).optimizer for zero in range(4)]
+    assert [state / total for state in copied] == [8, 12, 12, 8]  # ZeRO 1 and 2 copy fp32 weights into their partitions
     assert (single.weights, single.gradients, single.optimizer) == (4 * total, 4 * total, 8 * total)
     twice = memory(config, LENGTH, 2 * BATCH, bytes_per_value=2, zero=0, data_ranks=4)
     assert twice.activations == 2 * stages[0].activations == 2 * BATCH * LENGTH * activation_bytes(config, 2)
+
+
+def test_muon_keeps_one_moment_and_an_average_is_one_more() -> None:
+    config = config_with()
+    adamw, muon, average = (
+        memory(config, LENGTH, BATCH, bytes_per_value=2, zero=1, data_ranks=2, muon=muon, average=average).optimizer
+        for muon, average in ((False, False), (True, False), (False, True))
+    )
+    assert adamw - muon == 4 * held_parameters(config, whole(config)).backbone_matrices / 2
+    assert average - adamw == 4 * count_parameters(config).total / 2
