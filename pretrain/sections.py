@@ -72,7 +72,9 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     hang_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds a collective may wait for the other ranks."""
+    """Seconds without progress after which a rank shows where it stands and ends the run (exit code 7)."""
+    check_every: Annotated[int, Field(ge=0)] = 1000
+    """Steps between checks that all copies of every tensor are equal and finite (the first three steps always have one); 0: never."""
 
 
 class OptimizerSection(Section):

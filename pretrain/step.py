@@ -43,6 +43,8 @@ class StepResult:
     """False: the gradients were not finite and the step was skipped."""
     stop: bool
     """Some rank was asked to stop."""
+    own_iterations: float
+    """Mean solver iterations of this rank's own micro-batches: the tensor ranks of a stage must agree on them."""
     solver: dict[str, float] | None
     """solver_iterations, solver_evaluations, solver_converged (means a sequence), solver_fallbacks, products, solver_residual (worst)."""
 
@@ -69,6 +71,7 @@ def train_step(
         grad_norm=float(engine.get_global_grad_norm()),
         applied=engine.was_step_applied(),
         stop=any(row[_COLUMNS.index("stop")] for rows in by_rank for row in rows),
+        own_iterations=sum(row[_COLUMNS.index("solver_iterations")] for row in by_rank[mesh.rank]) / accumulation,
         solver=solver if any(column["solver_iterations"]) else None,
     )
 

@@ -4,7 +4,7 @@
 
 The rank comes from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it this is a run of
 one. Exit codes: 0 done, 2 refused, 3 saved and stopped by a signal, 4 too many non-finite steps, 5 checkpoint not
-written, 130 interrupted. Anything else is a bug and leaves its traceback.
+written, 6 copies of a tensor differ, 7 a rank hung, 130 interrupted. Anything else is a bug and leaves its traceback.
 """
 
 from __future__ import annotations

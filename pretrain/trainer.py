@@ -1,8 +1,8 @@
 """A run from its recipe to its summary: data, engine, resume, the loop, what is written on the way.
 
 Every rank runs this. The order is: refuse what can be refused, take the folder, resume, then per step: schedule, train_step,
-ledger, record, evaluate, save. A run ends by its budget, by a signal (saved, exit code 3), by too many non-finite steps (4) or by
-a disk that refuses (5).
+ledger, record, evaluate, save. A run ends by its budget, by a signal (saved, exit code 3), by too many non-finite steps (4), by a
+disk that refuses (5), by ranks that no longer train one model (6) or by a rank that makes no progress (7).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,24 +23,29 @@ from pretrain.errors import NON_FINITE, SIGNALLED, Refusal, RunStopped
 from pretrain.layout import as_dict, layout_on
 from pretrain.mesh import Mesh, connect
 from pretrain.runtime import process_group
+from pretrain.watchdog import Watchdog
 
 
 def train(recipe: Recipe, resume: bool) -> None:
     """Trains the recipe as this process's rank. Raises Refusal and RunStopped."""
     recipe = resolve(recipe)
     with process_group(recipe.train) as device:  # before anything that imports deepspeed
-        from pretrain.agreement import world_size
+        from pretrain.agreement import rank, world_size
         from pretrain.run_folder import RunFolder
+        from pretrain.startup import agree_on_start
 
-        layout = layout_on(recipe.layout, world_size())
-        accumulation = recipe.check_world(layout.data)
-        mesh = connect(layout, device)
-        data = _open_data(recipe, mesh)  # what does not fit, or was prepared without validation, is refused before the folder is touched
-        folder = RunFolder.open(Path(recipe.run.dir), resume=resume)
-        try:
-            _Run(recipe, folder, device, mesh, accumulation, data, resume).train()
-        finally:
-            folder.close()
+        with Watchdog(recipe.train.hang_timeout, f"rank {rank()}") as watchdog:
+            agree_on_start(recipe.to_yaml())
+            layout = layout_on(recipe.layout, world_size())
+            accumulation = recipe.check_world(layout.data)
+            mesh = connect(layout, device)
+            data = _open_data(recipe, mesh)  # what does not fit is refused before the folder is touched
+            watchdog.beat("data opened")
+            folder = RunFolder.open(Path(recipe.run.dir), resume=resume)
+            try:
+                _Run(recipe, folder, device, mesh, accumulation, data, resume, watchdog).train()
+            finally:
+                folder.close()
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -76,7 +81,17 @@ def _open_data(recipe: Recipe, mesh: Mesh) -> _Data:
 class _Run:
     """The parts of a running run. `train` is the loop; the rest is what it does at each turn."""
 
-    def __init__(self, recipe: Recipe, folder: Any, device: torch.device, mesh: Mesh, accumulation: int, data: _Data, resume: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Any,
+        device: torch.device,
+        mesh: Mesh,
+        accumulation: int,
+        data: _Data,
+        resume: bool,
+        watchdog: Watchdog,
+    ) -> None:
         from pretrain.agreement import rank, world_size
         from pretrain.engine import build_engine, build_model
         from pretrain.ledger import Ledger, peak_flops
@@ -84,6 +99,7 @@ class _Run:
         from pretrain.telemetry import Telemetry
 
         self.recipe, self.folder, self.device, self.mesh, self.accumulation = recipe, folder, device, mesh, accumulation
+        self.watchdog = watchdog
         self.length = recipe.data.sequence_length or 0
         self.step_tokens = recipe.train.global_batch * self.length
         self.total_steps = recipe.steps(self.length)
@@ -95,7 +111,10 @@ class _Run:
         self.peak = recipe.train.peak_flops or self._known_peak(peak_flops)
         self.step, self.skipped, self.skipped_in_a_row, self.seconds = 0, 0, 0, 0.0
         self.since_record: list[float] = []  # seconds of each step
+        watchdog.beat("engine built")
         state = self._resume() if resume else None
+        watchdog.beat("checkpoint loaded")
+        self.first_step = self.step
         folder.begin(recipe.to_yaml(), sys.argv, step=self.step)
         self.last_record, self.last_evaluation = folder.metrics.last(), folder.evaluations.last()
         self.telemetry = Telemetry(
@@ -146,7 +165,7 @@ class _Run:
 
         if self.step == self.total_steps:
             self.progress.note(f"All {self.total_steps} steps of the run in {self.folder.path} are done: nothing is left to train.")
-        batches = iter(self.loader)
+        batches = self._watched(self.loader, "micro-batch")
         try:
             with StopRequest() as stop:
                 while self.step < self.total_steps:
@@ -167,6 +186,8 @@ class _Run:
 
     def _one_step(self, batches: Iterator[Any], stop_requested: bool) -> bool:
         """One step of training, entered in the ledger and, at its turn, in the record; whether a rank was asked to stop."""
+        from pretrain.engine import language_model
+        from pretrain.invariants import check, due
         from pretrain.optimizer import apply_schedule
         from pretrain.step import train_step
         from pretrain.zero import client_optimizer
@@ -177,6 +198,7 @@ class _Run:
             self.engine, batches, self.accumulation, self.mesh, mask_documents=recipe.data.mask_documents, stop_requested=stop_requested
         )
         self.step += 1
+        self.watchdog.beat(f"step {self.step}")
         self.since_record.append(time.perf_counter() - started)  # train_step has read its numbers back, so the device is done
         self.seconds += self.since_record[-1]
         solver = result.solver or {}
@@ -187,6 +209,8 @@ class _Run:
             self._record(result, spent, sum(self.since_record) / len(self.since_record), scale)
             self.since_record.clear()
         self._stop_if_diverged()
+        if due(self.step, recipe.train.check_every, self.first_step):
+            check(language_model(self.engine).named_parameters(), self.mesh, {"solver iterations": result.own_iterations})
         return result.stop
 
     def _stop_if_diverged(self) -> None:
@@ -230,7 +254,9 @@ class _Run:
 
         def run() -> dict[str, Any]:
             depths, mask = self.recipe.evaluation.iterations, self.recipe.data.mask_documents
-            return evaluate(self.engine, self.validation, depths, self.device, self.mesh, mask_documents=mask)
+            return evaluate(
+                self.engine, self._watched(self.validation, "validation batch"), depths, self.device, self.mesh, mask_documents=mask
+            )
 
         self.engine.eval()
         try:
@@ -245,6 +271,12 @@ class _Run:
         self.telemetry.evaluation(self.last_evaluation)
         losses = "  ".join(f"{depth}: {loss:.4f}" for depth, loss in report["loss"].items())
         self.progress.note(f"validation at step {self.step}  {losses if 'iterations' in report else f'loss {losses[3:]}'}")
+
+    def _watched(self, batches: Iterable[Batch], doing: str) -> Iterator[Batch]:
+        """The batches; each one taken is progress."""
+        for number, batch in enumerate(batches, 1):
+            self.watchdog.beat(f"{doing} {number} (after step {self.step})")
+            yield batch
 
     @torch.no_grad()
     def _probe_loss(self) -> float:

@@ -23,6 +23,7 @@ FREE_KEYS = (
     "evaluation",
     "train.log_every",
     "train.hang_timeout",
+    "train.check_every",
     "train.peak_flops",
     "train.nonfinite_limit",
     "data.path",

@@ -18,7 +18,19 @@ MAY_IMPORT = {
     "launchers": {"launchers", "pretrain", "model", "data_pipeline"},
 }
 ONLY_IN_PRETRAIN = {"deepspeed", "megatron", "wandb", "tensorboard"}
-NO_TORCH = ("launchers.cli", "launchers.plan", "launchers.doctor", "launchers.local", "pretrain.config", "pretrain.train", "model.cost")
+NO_TORCH = (
+    "launchers.cli",
+    "launchers.plan",
+    "launchers.doctor",
+    "launchers.local",
+    "pretrain.config",
+    "pretrain.train",
+    "pretrain.layout",
+    "pretrain.partition",
+    "pretrain.scaling",
+    "pretrain.recommend",
+    "model.cost",
+)
 
 
 def imports(file: Path) -> Iterator[tuple[int, str]]:

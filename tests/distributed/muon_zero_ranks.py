@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from model.roles import Role
 from pretrain import zero
 from pretrain.ema import averaged_weights
+from pretrain.layout import Layout
+from pretrain.mesh import Mesh
 from pretrain.optimizer import MuonAdamW, apply_schedule, build_optimizer
 from pretrain.sections import OptimizerSection, ScheduleSection
 
@@ -93,8 +95,8 @@ ROLES = {
 }
 
 
-def batch(step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+def batch(step: int, micro: int, replica: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + replica)
     window = torch.randint(VOCABULARY, (MICRO, 6), generator=generator)
     return window[:, :-1], window[:, 1:]
 
@@ -103,28 +105,27 @@ def settings_of(case: Case) -> OptimizerSection:
     return OptimizerSection(**{**SETTINGS, "name": case.name, "ema": case.ema})
 
 
-def reference(case: Case) -> dict[str, Any]:
-    """Losses, norms, fp32 weights and averages of one process on plain torch."""
-    masters = Toy()
+def reference(case: Case, masters: nn.Module, roles: dict[str, Role], replicas: int) -> dict[str, Any]:
+    """Losses, norms, fp32 weights and averages of one process on plain torch, from the weights of `masters`."""
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     with torch.no_grad():
         for master in masters.parameters():  # as DeepSpeed's masters: copies of the cast weights
             master.copy_(master.to(dtype))
-    optimizer = build_optimizer(masters, ROLES, settings_of(case))
+    optimizer = build_optimizer(masters, roles, settings_of(case))
     optimizer.guard_gradients(SETTINGS["clip"])
     losses, norms = [], []
     for step in range(STEPS):
         worker = copy.deepcopy(masters).to(dtype)
         total = 0.0
-        for rank in range(RANKS):
+        for replica in range(replicas):
             for micro in range(ACCUMULATION):
                 worker.zero_grad()
-                loss = worker(*batch(step, micro, rank))
+                loss = worker(*batch(step, micro, replica))
                 (loss / ACCUMULATION).backward()
-                total += loss.item() / (RANKS * ACCUMULATION)
+                total += loss.item() / (replicas * ACCUMULATION)
                 for master, parameter in zip(masters.parameters(), worker.parameters(), strict=True):
                     assert parameter.grad is not None
-                    share = parameter.grad.float() / RANKS
+                    share = parameter.grad.float() / replicas
                     master.grad = share if master.grad is None else master.grad + share
         apply_schedule(optimizer, step, SCHEDULE, STEPS)
         optimizer.step()
@@ -136,11 +137,7 @@ def reference(case: Case) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": weights, "averages": averages}
 
 
-def make_engine(case: Case) -> Any:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
-    model = Toy()
-    optimizer = build_optimizer(model, ROLES, settings_of(case))
-    plain = case.stage == 0 and case.precision == "fp32"
+def deepspeed_config(case: Case) -> dict[str, Any]:
     zero_settings: dict[str, Any] = {"stage": case.stage}
     if case.stage == 3:
         threshold = 10**6 if case.persistent else 0
@@ -149,7 +146,7 @@ def make_engine(case: Case) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": MICRO,
         "gradient_accumulation_steps": ACCUMULATION,
-        "gradient_clipping": 0.0 if plain else SETTINGS["clip"],
+        "gradient_clipping": 0.0 if case.stage == 0 and case.precision == "fp32" else SETTINGS["clip"],
         "zero_optimization": zero_settings,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -159,23 +156,35 @@ def make_engine(case: Case) -> Any:
     if case.precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "bf16" if case.stage == 0 else "fp32"}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    zero.attach(engine, SETTINGS["clip"])
+    return config
+
+
+def make_engine(case: Case) -> Any:
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model = Toy()
+    optimizer = build_optimizer(model, ROLES, settings_of(case))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
+    zero.attach(engine, SETTINGS["clip"], Mesh(Layout(data=RANKS), dist.get_rank()))
     return engine
 
 
 def train(engine: Any, first: int, last: int) -> tuple[list[float], list[float]]:
+    return train_replica(engine, first, last, dist.get_rank())
+
+
+def train_replica(engine: Any, first: int, last: int, replica: int) -> tuple[list[float], list[float]]:
+    """Losses over all ranks and gradient norms of steps first:last, on the batches of one replica."""
     losses, norms = [], []
     for step in range(first, last):
         apply_schedule(zero.client_optimizer(engine), step, SCHEDULE, STEPS)
         total = torch.zeros(())
         for micro in range(ACCUMULATION):
-            loss = engine(*batch(step, micro, dist.get_rank()))
+            loss = engine(*batch(step, micro, replica))
             engine.backward(loss)
             engine.step()
             total += loss.detach() / ACCUMULATION
         dist.all_reduce(total)
-        losses.append(float(total) / RANKS)
+        losses.append(float(total) / dist.get_world_size())
         norms.append(float(engine.get_global_grad_norm()))
     return losses, norms
 
@@ -206,7 +215,7 @@ def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 def parity(case: Case) -> dict[str, Any]:
     """How far an engine's five steps are from the reference's."""
-    wanted = reference(case)
+    wanted = reference(case, Toy(), ROLES, RANKS)
     engine = make_engine(case)
     start = whole_weights(engine)
     losses, norms = train(engine, 0, STEPS)
@@ -258,7 +267,7 @@ def resumed(case: Case, folder: str) -> dict[str, Any]:
     again, again_norms = train(second, 3, STEPS)
     same = all(torch.equal(a, b) for a, b in zip(wanted, zero.masters(second), strict=True))
     result: dict[str, Any] = {"weights": same, "losses": again == losses[3:], "norms": again_norms == norms[3:]}
-    averages = reference(case)["averages"]
+    averages = reference(case, Toy(), ROLES, RANKS)["averages"]
     before = module_weights(second)
     with averaged_weights(second):
         inside = module_weights(second)

@@ -128,7 +128,7 @@ def interrupted_run(run: str, data: str, stops: list[int], resume: bool, extra: 
     predicted: list[str] = []
     original, finish = pretrain.step.train_step, LanguageModel.finish
 
-    def watched(engine: Any, stream: Any, accumulation: int, **options: Any) -> Any:
+    def watched(engine: Any, stream: Any, accumulation: int, mesh: Any, **options: Any) -> Any:
         ids: list[int] = []
 
         def noting() -> Any:
@@ -141,7 +141,7 @@ def interrupted_run(run: str, data: str, stops: list[int], resume: bool, extra: 
         if step in stops:
             os.kill(os.getpid(), signal.SIGUSR1)
             options = {**options, "stop_requested": True}
-        result = original(engine, noting(), accumulation, **options)
+        result = original(engine, noting(), accumulation, mesh, **options)
         seen.append([step, ids, result.loss, result.grad_norm])
         return result
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pretrain import muon
-from pretrain.muon import MatrixPieces, apply_update, cut_contiguously, cut_each, momentum_mix, newton_schulz, orthogonalised
+from pretrain.muon import (
+    Matrix,
+    MatrixPieces,
+    Piece,
+    apply_update,
+    cut_contiguously,
+    cut_each,
+    momentum_mix,
+    newton_schulz,
+    on_every_shard,
+    orthogonalised,
+)
 
 SHAPES = [(7, 7), (5, 13), (13, 5), (1, 9)]
 
@@ -83,45 +98,134 @@ def test_decay_is_cautious() -> None:
     torch.testing.assert_close(parameter, torch.tensor([2.0 - 0.1 * (1 + 1), 2.1, -2.1, -(2.0 - 0.1 * (1 + 1))]))
 
 
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6), st.integers(1, 5), st.integers(0, 3))
-def test_cuts_cover_every_element_once(shapes: list[tuple[int, int]], ranks: int, gap: int) -> None:
-    sizes = [rows * columns for rows, columns in shapes]
+SHARD_SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1)), min_size=1, max_size=6)
+
+
+def of_shards(shards: list[tuple[int, int, int]], tensor: int) -> tuple[Matrix, ...]:
+    """The matrices whose shards, over `tensor` ranks, are (rows, columns, dimension of the cut)."""
+    return tuple(Matrix(r * tensor, c, 0, tensor) if dim == 0 else Matrix(r, c * tensor, 1, tensor) for r, c, dim in shards)
+
+
+def lay_out(sizes: list[int], gap: int, data: int) -> tuple[list[int], int]:
+    """Offsets of tensors that lie `gap` apart, and the partition of each of `data` ranks."""
     offsets, end = [], 0
     for size in sizes:
         offsets.append(end)
         end += size + gap
-    partition = -(-end // ranks)
-    whole = torch.arange(partition * ranks)
-    for cut, per_matrix in ((cut_contiguously(sizes, offsets, partition, ranks), False), (cut_each(sizes, ranks), True)):
-        seen = [torch.zeros(size, dtype=torch.int) for size in sizes]
-        for rank, own in enumerate(cut):
+    return offsets, -(-end // data)
+
+
+@settings(deadline=None)
+@given(SHARD_SHAPES, st.integers(1, 5), st.integers(1, 3), st.integers(0, 3))
+def test_cuts_cover_every_element_once(shards: list[tuple[int, int, int]], data: int, tensor: int, gap: int) -> None:
+    sizes = [rows * columns for rows, columns, _ in shards]
+    matrices = of_shards(shards, tensor)
+    offsets, partition = lay_out(sizes, gap, data)
+    for cut, joined in ((cut_contiguously(sizes, offsets, partition, data), True), (cut_each(sizes, data), False)):
+        seen = [torch.zeros(matrix.size, dtype=torch.int) for matrix in matrices]
+        pieces = on_every_shard(cut, matrices, tensor)
+        assert len(pieces) == data * tensor
+        for rank, own in enumerate(pieces):
+            data_rank, tensor_rank = divmod(rank, tensor)
             for piece in own:
                 seen[piece.matrix][piece.start : piece.stop] += 1
-                if not per_matrix:  # the piece lies where the flat buffer has it
-                    flat = whole[rank * partition : (rank + 1) * partition][piece.offset : piece.offset + piece.size]
-                    wanted = torch.arange(piece.start, piece.stop) + offsets[piece.matrix]
-                    assert torch.equal(flat, wanted)
+                assert tensor_rank * sizes[piece.matrix] <= piece.start < piece.stop <= (tensor_rank + 1) * sizes[piece.matrix]
+                if joined:  # the piece lies where the flat buffer has it
+                    start = piece.start - tensor_rank * sizes[piece.matrix]
+                    assert data_rank * partition + piece.offset == offsets[piece.matrix] + start
+                    assert piece.offset + piece.size <= partition
         assert all(bool((counts == 1).all()) for counts in seen)
-        layout = MatrixPieces(tuple(shapes), cut, 0, None)
-        assert all(any(piece.matrix == matrix for piece in cut[owner]) for matrix, owner in enumerate(layout.owners))
+        layout = MatrixPieces(matrices, pieces, 0, None)
+        assert all(any(piece.matrix == matrix for piece in pieces[owner]) for matrix, owner in enumerate(layout.owners))
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 1), st.integers(1, 4))
+def test_shards_one_after_the_other_are_the_whole_matrix(rows: int, columns: int, dim: int, tensor: int) -> None:
+    (matrix,) = of_shards([(rows, columns, dim)], tensor)
+    whole = torch.arange(matrix.size).view(matrix.rows, matrix.columns)
+    flat = torch.cat([shard.reshape(-1) for shard in whole.chunk(tensor, dim)])
+    assert torch.equal(matrix.join(flat), whole)
+    assert torch.equal(matrix.split(whole), flat)
+    assert torch.equal(matrix.split(whole.mT.contiguous().mT), flat)  # Newton-Schulz answers tall matrices as transposed views
+
+
+class Stage:
+    """The ranks of a stage as threads of this process: all_to_all_single by shared memory."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier = threading.Barrier(ranks, timeout=10)
+        self.sent: list[list[Tensor]] = [[] for _ in range(ranks)]
+        self.rank = threading.local()
+
+    def all_to_all_single(self, output: Tensor, sent: Tensor, output_sizes: list[int], sizes: list[int], group: object) -> None:
+        self.sent[self.rank.value] = list(sent.split(sizes))
+        self.barrier.wait()
+        received = [parts[self.rank.value] for parts in self.sent]
+        assert [part.numel() for part in received] == output_sizes
+        output.copy_(torch.cat(received))
+        self.barrier.wait()
+
+    def run(self, rank: int, work: Callable[[int], Tensor]) -> Tensor:
+        self.rank.value = rank
+        return work(rank)
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2), (3, 2), (2, 1), (1, 4)])
+@pytest.mark.parametrize("each", [False, True], ids=["joined", "each"])
+def test_cut_over_a_stage_the_update_is_the_whole_one(data: int, tensor: int, each: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank of a stage, with all matrices in its flat partition, padding of NaN between them: as whole matrices on one rank."""
+    torch.manual_seed(data * tensor)
+    shards = [(5, 3, 0), (2, 7, 1), (4, 4, 1), (1, 6, 0)]
+    matrices, sizes = of_shards(shards, tensor), [rows * columns for rows, columns, _ in shards]
+    wholes = [torch.randn(matrix.rows, matrix.columns) for matrix in matrices]
+    flats = [matrix.split(whole) for matrix, whole in zip(matrices, wholes, strict=True)]
+    offsets, partition = lay_out(sizes, 3, data)
+    pieces = on_every_shard(cut_each(sizes, data) if each else cut_contiguously(sizes, offsets, partition, data), matrices, tensor)
+    stage = Stage(data * tensor)
+    done: list[tuple[int, ...]] = []
+    monkeypatch.setattr(muon.dist, "all_to_all_single", stage.all_to_all_single)
+
+    def counted(own: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
+        done.extend(tuple(matrix.shape) for matrix in own)
+        return orthogonalised(own, steps, dtype)
+
+    monkeypatch.setattr(muon, "orthogonalised", counted)
+
+    def work(rank: int) -> Tensor:
+        mix = torch.full((partition if not each else sum(-(-size // data) for size in sizes),), torch.nan)
+        for piece in pieces[rank]:
+            mix.narrow(0, piece.offset, piece.size).copy_(flats[piece.matrix][piece.start : piece.stop])
+        return MatrixPieces(matrices, pieces, rank, None).update(mix, 5, torch.float32)
+
+    with ThreadPoolExecutor(data * tensor) as pool:
+        updates = list(pool.map(lambda rank: stage.run(rank, work), range(data * tensor)))
+    found = [torch.full((matrix.size,), torch.nan) for matrix in matrices]
+    for rank, update in enumerate(updates):
+        for piece in pieces[rank]:
+            found[piece.matrix][piece.start : piece.stop] = update.narrow(0, piece.offset, piece.size)
+    for matrix, flat, expected in zip(matrices, found, orthogonalised(wholes, 5, torch.float32), strict=True):
+        torch.testing.assert_close(matrix.join(flat), expected)
+    assert sorted(done) == sorted(tuple(whole.shape) for whole in wholes), "a matrix was orthogonalised in parts, not at all, or twice"
 
 
 def test_one_rank_needs_no_exchange() -> None:
     torch.manual_seed(0)
     matrices = [torch.randn(3, 5), torch.randn(4, 2)]
     flat = torch.cat([*(matrix.reshape(-1) for matrix in matrices), torch.full((3,), torch.nan)])
-    layout = MatrixPieces(((3, 5), (4, 2)), cut_contiguously([15, 8], [0, 15], 26, 1), 0, None)
+    layout = MatrixPieces((Matrix(3, 5), Matrix(4, 2)), cut_contiguously([15, 8], [0, 15], 26, 1), 0, None)
     update = layout.update(flat, 5, torch.float32)
     expected = orthogonalised(matrices, 5, torch.float32)
     torch.testing.assert_close(update, torch.cat([*(matrix.reshape(-1) for matrix in expected), torch.zeros(3)]))
 
 
-def test_even_cuts_spread_the_work() -> None:
-    layout = MatrixPieces(((8, 8),) * 8, cut_each([64] * 8, 4), 0, None)
-    assert sorted(layout.owners) == [0, 0, 1, 1, 2, 2, 3, 3]
+def test_even_cuts_spread_the_work_over_data_and_tensor_ranks() -> None:
+    matrices = (Matrix(8, 8, 1, 2),) * 8
+    assert sorted(MatrixPieces(matrices, on_every_shard(cut_each([32] * 8, 2), matrices, 2), 0, None).owners) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_missing_elements_are_refused() -> None:
+@pytest.mark.parametrize(
+    "runs", [[(0, 12)], [(0, 12), (8, 16)], [(0, 8), (8, 16), (0, 8)], [(0, 8), (9, 16)], [(0, 8), (12, 16), (8, 12), (4, 8)]]
+)
+def test_missing_and_doubled_elements_are_refused(runs: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="cover every matrix"):
-        MatrixPieces(((4, 4),), cut_contiguously([12], [0], 12, 1), 0, None)
+        MatrixPieces((Matrix(4, 4),), (tuple(Piece(0, start, stop, start) for start, stop in runs),), 0, None)

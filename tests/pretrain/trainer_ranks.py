@@ -70,7 +70,7 @@ def _disturbed(case: dict[str, Any], steps: list[list[Any]]) -> Iterator[None]:
     def predict(self: LanguageModel, hidden: Any, targets: Any) -> Any:
         return real_predict(self, hidden, targets) * (math.nan if broken else 1.0)
 
-    def train_step(engine: Any, batches: Any, accumulation: int, **options: Any) -> Any:
+    def train_step(engine: Any, batches: Any, accumulation: int, mesh: Any, **options: Any) -> Any:
         nonlocal broken
         ids: list[int] = []
 
@@ -83,7 +83,7 @@ def _disturbed(case: dict[str, Any], steps: list[list[Any]]) -> Iterator[None]:
         broken = step in case.get("broken", []) and rank() == case.get("broken_rank", 0)
         if step == case.get("signalled") and rank() == case.get("signal_rank", 0):
             options["stop_requested"] = True
-        result = real_step(engine, noting(), accumulation, **options)
+        result = real_step(engine, noting(), accumulation, mesh, **options)
         broken = False
         steps.append([result.loss, result.grad_norm, result.applied, result.stop, ids])
         return result
