@@ -112,11 +112,12 @@ class LanguageModel(nn.Module):
         state, _ = self._state(proposal, context, depth)
         return (self.tail.enter(self.norm(state)) @ self.unembedding.T).float()
 
-    def compile_maps(self) -> None:
-        """torch.compile the backbone and the map f in place; the solver's loop stays outside."""
+    def compile_maps(self, by_block: bool = False) -> None:
+        """torch.compile the backbone (whole, or each block by itself) and the map f in place; the solver's loop stays outside."""
         if self.config.gradient.mode in ("neumann", "adjoint"):
             torch._functorch.config.donated_buffer = False  # their backward goes through the graph of f more than once
-        self.backbone.compile()
+        for part in self.backbone.blocks if by_block else (self.backbone,):
+            part.compile()
         if self.refine is not None:
             self.refine.attractor.compile()
 

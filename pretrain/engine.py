@@ -39,7 +39,7 @@ def build_model(recipe: Recipe, device: torch.device, mesh: Mesh) -> LanguageMod
         model = build(recipe.architecture, layers=layers, device="meta", recompute=recipe.train.recompute)
         materialise_stage(model, stages_of(recipe, mesh), mesh.where.pipe, device, seed)
     if recipe.train.compile:
-        model.compile_maps()
+        model.compile_maps(by_block=mesh.layout.pipeline > 1)
     return model
 
 

@@ -17,10 +17,13 @@ attractor is always divided: its state, residuals and history shrink with T at n
 The matrices are plain nn.Linear over megatron's mappings, not its ColumnParallelLinear: that computes a weight's gradient in every
 backward, also in the vector-Jacobian products of an adjoint solve, which ask for none.
 Megatron's mappings cut the first dimension, and reduce a tensor in place if it is contiguous and not at all (!) if it is not: here they
-are handed contiguous tensors that nobody else reads. Shapes: b batch, s sequence, w width, v vocabulary.
+are handed contiguous tensors that nobody else reads. Of a gradient nobody can promise that, so `_Copied` is our own.
+Shapes: b batch, s sequence, w width, v vocabulary.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,7 +98,7 @@ class TensorParallelLayers:
 
     def enter(self, x: Tensor) -> Tensor:
         if not self.is_divided:
-            return mappings.copy_to_tensor_model_parallel_region(x, self.group)
+            return _Copied.apply(x, self.group)
         parts = mappings.gather_from_sequence_parallel_region(x.contiguous(), group=self.group)  # [T b, s / T, w]
         return parts.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)
 
@@ -106,7 +109,7 @@ class TensorParallelLayers:
         return mappings.reduce_scatter_to_sequence_parallel_region(self._token_major(x), group=self.group)
 
     def shared(self, parameter: Tensor) -> Tensor:
-        return mappings.copy_to_tensor_model_parallel_region(parameter, self.group) if self.is_divided else parameter
+        return _Copied.apply(parameter, self.group) if self.is_divided else parameter
 
     def divided(self) -> Layers:
         return self if self.is_divided else TensorParallelLayers(self.group, divided=True)
@@ -136,6 +139,21 @@ class TensorParallelLayers:
 
     def cross_entropy_tokens(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return loss.cross_entropy_tokens(hidden, weight, targets, self.rows)
+
+
+class _Copied(torch.autograd.Function):
+    """What all ranks hold alike and use differently: the identity, whose gradient is the sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class _Row(nn.Linear):

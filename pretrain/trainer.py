@@ -288,7 +288,8 @@ class _Run:
         rows = torch.randint(self.recipe.model.vocabulary_size or 0, shape, generator=generator)
         batch = Batch(rows[:, :-1], rows[:, 1:], torch.zeros_like(rows[:, 1:], dtype=torch.int32), torch.arange(len(rows)))
         self.engine.eval()
-        found = [float(loss) for loss, _, _ in forward(self.engine, [batch], (1,), self.device, self.mesh)]
+        mask = self.recipe.data.mask_documents  # as in training: what travels through a pipeline must keep its shapes
+        found = [float(loss) for loss, _, _ in forward(self.engine, [batch], (1,), self.device, self.mesh, mask_documents=mask)]
         self.engine.train()
         return next(losses[0] for losses in gather(found) if losses)
 

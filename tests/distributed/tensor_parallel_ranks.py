@@ -23,11 +23,12 @@ from pretrain.mesh import Mesh, connect
 from pretrain.runtime import process_group
 from pretrain.sections import TrainSection
 from pretrain.tensor_parallel import TensorParallelLayers
+from tests.distributed.test_tensor_parallel import BATCH, BLOCKS, LENGTH, WIDTH
 
-BATCH, LENGTH, VOCABULARY = 3, 16, 64
-BACKBONE = BackboneConfig(vocabulary_size=VOCABULARY, width=32, heads=4, kv_heads=4, backbone_layers=2, zero_output_init=False)
-GENTLE = AttractorConfig(layers=2, gate_initial=0.2)
-TIGHT = SolverConfig(tolerance=1e-13, max_iterations=200, patience=200)
+VOCABULARY = 64
+BACKBONE = BackboneConfig(vocabulary_size=VOCABULARY, width=WIDTH, heads=4, kv_heads=4, backbone_layers=2, zero_output_init=False)
+GENTLE = AttractorConfig(layers=BLOCKS, gate_initial=0.1)
+TIGHT = SolverConfig(tolerance=1e-12, max_iterations=60, patience=60)
 
 
 def checks(cases: list[dict[str, Any]]) -> dict[str, Any]:

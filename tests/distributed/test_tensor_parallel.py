@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import run_ranks
-from tests.distributed.tensor_parallel_ranks import BATCH, LENGTH
 
-WIDTH, BLOCKS, EVALUATIONS = 32, 2, 4
+BATCH, LENGTH, WIDTH, BLOCKS, EVALUATIONS = 3, 16, 32, 2, 4
 CASES: list[dict[str, Any]] = [
     {"gradient": {"mode": "one_step"}},
     {"gradient": {"mode": "one_step"}, "divided": True, "recompute": True},
-    {"gradient": {"mode": "adjoint", "max_iterations": 200}},
-    {"gradient": {"mode": "adjoint", "max_iterations": 200}, "divided": True, "attractor": {"injection": "cross_attention"}},
+    {"gradient": {"mode": "adjoint", "max_iterations": 60}},
+    {"gradient": {"mode": "adjoint", "max_iterations": 60}, "divided": True, "attractor": {"injection": "cross_attention"}},
     {"gradient": {"mode": "neumann", "steps": 3, "clip": 0.3}, "attractor": {"injection": "concat"}},
-    {"gradient": {"mode": "phantom", "steps": 3, "damping": 0.7}, "attractor": {"injection": "init_only"}},
+    {
+        "gradient": {"mode": "phantom", "steps": 3, "damping": 0.7},
+        "attractor": {"injection": "init_only"},
+        "solver": {"max_iterations": 5},  # this map does not contract, so rounding would grow
+    },
     {"gradient": {"mode": "one_step", "convergence_penalty": 0.5}, "solver": {"tolerance": 1e-3}},
     {"solver": {"mixing": "sequence", "history": 4}},
     {"solver": {"stop": "max_token", "method": "picard"}, "model": {"mlp": "swiglu", "tied_embeddings": False}},
@@ -32,12 +35,12 @@ def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_loss_gradients_and_evaluations_are_the_whole_models(results: list[dict[str, Any]], index: int) -> None:
-    """float64: 1e-16 an operation; a solve to 1e-13 leaves that in its state, and an adjoint solve in its gradient."""
+    """float64: 1e-16 an operation; a solve to 1e-12 leaves that in its state, and an adjoint solve in its gradient."""
     for rank in results:
         errors = rank["against_whole"][index]
-        assert errors["loss"] < 1e-11
-        assert errors["gradient"] < 1e-9
-        assert errors["evaluated"] < 1e-9
+        assert errors["loss"] < 1e-10
+        assert errors["gradient"] < 1e-8
+        assert errors["evaluated"] < 1e-8
 
 
 def test_ranks_whose_residuals_differ_stop_together(results: list[dict[str, Any]]) -> None:

@@ -63,6 +63,14 @@ def test_ranks_really_took_different_numbers_of_iterations(outcome: tuple[Path, 
     assert len(set(first)) > 1
 
 
+def test_zero_3_gathers_the_attractor_once_a_solve_whatever_its_iterations() -> None:
+    """Once on the way forward, for solve and application together, and once for backward."""
+    for rank in run_ranks("tests.distributed.training_ranks:leaf_gathers", 2, [1, 12]):
+        (few, all_of_few), (many, all_of_many) = rank
+        assert few == many <= 2
+        assert all_of_few == all_of_many > few
+
+
 def test_gradients_were_clipped_and_muon_updated_matrices(outcome: tuple[Path, list[Any], list[Any]]) -> None:
     _, alone, _ = outcome
     assert min(norm for _, norm, _ in alone[0][0]["steps"]) > 0.5

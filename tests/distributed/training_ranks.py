@@ -104,6 +104,46 @@ def parity(cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
     return results
 
 
+def leaf_gathers(counts: list[int]) -> list[list[int]]:
+    """Under ZeRO 3, by fixed number of solver iterations: how often one step fetches the attractor, and how often anything."""
+    from unittest.mock import patch
+
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    from pretrain.agreement import world_size
+    from pretrain.config import TrainSection
+    from pretrain.runtime import process_group
+
+    fetch = PartitionedParameterCoordinator._PartitionedParameterCoordinator__all_gather_params
+    found = []
+    with process_group(TrainSection(tokens=1, device="cpu")) as device:
+        from pretrain.engine import build_engine, build_model
+        from pretrain.layout import layout_on
+        from pretrain.mesh import connect
+        from pretrain.step import train_step
+
+        for count in counts:
+            case = {"layout.zero": 3, "optimizer.name": "adamw", "solver.min_iterations": count, "solver.max_iterations": count}
+            recipe = recipe_of(case, world_size())
+            mesh = connect(layout_on(recipe.layout, world_size()), device)
+            engine = build_engine(recipe, build_model(recipe, device, mesh), 1, mesh)
+            engine.train()
+            own = {id(parameter) for parameter in engine.module.refine.parameters()}
+            calls: list[bool] = []
+
+            def counting(coordinator: Any, parameters: Any, forward: bool, own: Any = own, calls: Any = calls) -> Any:
+                calls.append(any(id(parameter) in own for parameter in parameters))
+                return fetch(coordinator, parameters, forward)
+
+            stream = batches(mesh.where.data, mesh.layout.data, recipe.train.micro_batch)
+            name = "_PartitionedParameterCoordinator__all_gather_params"
+            with patch.object(PartitionedParameterCoordinator, name, counting):
+                train_step(engine, stream, 1, mesh, mask_documents=False, stop_requested=False)
+            found.append([sum(calls), len(calls)])
+            engine.destroy()
+    return found
+
+
 def _iterations(refined: Any) -> float:
     return 0.0 if refined.solution is None else float(refined.solution.iterations.sum())  # 0: the proposal, evaluated
 
