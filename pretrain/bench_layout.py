@@ -35,7 +35,7 @@ from pretrain.agreement import gather, world_size
 from pretrain.bench import DEFAULT_LENGTH, DEFAULT_VOCABULARY, Row, text_batches
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import Refusal
-from pretrain.layout import Layout, layout_on, refuse_illegal
+from pretrain.layout import Layout, as_dict, layout_on, refuse_illegal
 from pretrain.mesh import Mesh, connect
 from pretrain.runtime import process_group
 
@@ -114,6 +114,11 @@ def layouts_of(recipe: Recipe, ranks: int) -> list[Layout]:
     return found
 
 
+def short(layout: Layout) -> str:
+    """The axes that have more than one rank, as `data 2, tensor 2`."""
+    return ", ".join(f"{axis} {size}" for axis, size in as_dict(layout).items() if size > 1) or "one rank"
+
+
 def measure(recipe: Recipe, steps: int) -> Row:
     """The row of this process's layout; the same on all ranks."""
     recipe = complete(recipe)
@@ -143,7 +148,7 @@ def measure(recipe: Recipe, steps: int) -> Row:
     communication, solve, in_solve, sent = (max(column) for column in zip(*shares, strict=True))
     typical = statistics.median(seconds)
     return {
-        "layout": layout.describe(),
+        "layout": short(layout),
         "ranks": layout.ranks,
         "evaluations": sum(evaluations) / len(evaluations),
         "step_seconds": typical,

@@ -81,5 +81,6 @@ def _join(backend: str, device: torch.device, seconds: float) -> None:
 def settle_libraries(device: torch.device) -> None:
     """Tells DeepSpeed its accelerator and quiets what libraries say; before anything imports deepspeed."""
     os.environ["DS_ACCELERATOR"] = device.type
-    logging.getLogger("streaming").setLevel(logging.ERROR)
+    for name in ("streaming", "torch.utils.cpp_extension"):  # the second says at every import that it found no CUDA
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(deepspeed|streaming|megatron|torch\.distributed|torch\.nn\.modules\.module|torch\.cuda).*")

@@ -72,7 +72,7 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     hang_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds without progress after which a rank shows its stacks and ends (exit code 7). Ranks wait as long for each other at the start."""
+    """Seconds without progress after which a rank shows its stacks and ends (exit code 7); ranks meet within as many at the start."""
     check_every: Annotated[int, Field(ge=0)] = 1000
     """Steps between checks that all copies of every tensor are equal and finite (the first three steps always have one); 0: never."""
 

@@ -131,6 +131,11 @@ class Stages(PipelineModule):
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        """DeepSpeed's, outside autograd, which would otherwise record a broadcast in the table's history."""
+        super()._synchronize_tied_weights()
+
     def take_found(self) -> list[Found]:
         """What the losses found since the last call: nothing on any stage but the last."""
         found, self.found = self.found, []

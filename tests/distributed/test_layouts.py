@@ -34,12 +34,7 @@ def layout(tensor: int, pipeline: int, zero: int = 1) -> Case:
 
 
 GRID: dict[int, list[Case]] = {
-    ranks: [
-        layout(tensor, pipeline, zero) | method
-        for tensor, pipeline, stages in layouts
-        for zero in stages
-        for method in METHODS
-    ]
+    ranks: [layout(tensor, pipeline, zero) | method for tensor, pipeline, stages in layouts for zero in stages for method in METHODS]
     for ranks, layouts in LAYOUTS.items()
 }
 DIVIDED = {"layout.sequence_parallel": True}
@@ -56,6 +51,7 @@ SPECIAL: dict[int, list[Case]] = {
         layout(2, 1, 3) | DIVIDED | {"model.kind": "transformer", "model.value_embeddings": True, "model.mlp": "swiglu"},
         layout(1, 2) | MASKED | {"model.kind": "transformer", "model.value_embeddings": True, "model.kv_heads": 2},
         layout(1, 2) | {"model.tied_embeddings": False, "train.recompute": True, "optimizer.ema": 0.9},
+        layout(2, 1) | {"train.compile": True, "model.backbone_layers": 1},
     ],
     4: [
         layout(2, 2) | DIVIDED | MASKED,
@@ -80,7 +76,7 @@ def name_of(ranks: int, case: Case) -> str:
 
 def alone(case: Case) -> Case:
     """The same run on one process."""
-    plain = {key: value for key, value in case.items() if not key.startswith("layout.")}
+    plain = {key: value for key, value in case.items() if not key.startswith("layout.") and key != "train.compile"}
     return plain | ({"layout.zero": 1} if plain.get("train.precision") == "bf16" else {})
 
 
