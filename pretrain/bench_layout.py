@@ -5,7 +5,8 @@
                            the others, so an unbalanced pipeline shows here as well
     solve_share            of that pass: seconds of the solve over the step
     solve_communication    of that pass: seconds inside collectives during the solve over seconds of the solve
-    sent_bytes             a rank hands to collectives and sends in a step (an all-reduce counts once)
+    sent_bytes             what a rank must send in a step: (n - 1) / n of the whole for a gather or a scatter over n ranks, twice that
+                           for an all-reduce (docs/scaling.md predicts it)
 
 Every rank runs `measure`; `python -m pretrain.bench_layout RESULT STEPS RECIPE key=value ...` is one rank. Text and model are those of
 `attractor bench step`; the batch is the recipe's train.global_batch in micro-batches of train.micro_batch.
@@ -61,10 +62,10 @@ class _Meter:
     total: float = 0.0
     in_solve: float = 0.0
     solve: float = 0.0
-    bytes: int = 0
+    bytes: float = 0.0
     inside: bool = False
 
-    def timed(self, work: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def timed(self, name: str, work: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if self.inside:  # one collective may call another
             return work(*arguments, **options)
         self.inside = True
@@ -76,7 +77,7 @@ class _Meter:
             self.inside = False
             self.total += spent
             self.in_solve += spent if self.solving else 0.0
-            self.bytes += sum(x.numel() * x.element_size() for x in arguments if isinstance(x, Tensor))
+            self.bytes += sent(name, arguments, options)
 
     def solved(self, work: Any, arguments: tuple[Any, ...]) -> Any:
         started, self.solving = self.now(), True
@@ -90,6 +91,22 @@ class _Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def sent(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> float:
+    """Bytes a rank must send for one call of a collective of torch.distributed, in a ring or better."""
+    values = [*arguments, *options.values()]
+    ranks = dist.get_world_size(next((value for value in values if isinstance(value, dist.ProcessGroup)), None))
+    held = [value.numel() * value.element_size() for value in values if isinstance(value, Tensor)]
+    if name in ("send", "broadcast"):
+        return held[0]
+    if name == "recv":
+        return 0.0
+    if name == "all_reduce":
+        return 2 * (ranks - 1) / ranks * held[0]
+    if name == "all_to_all_single":
+        return (ranks - 1) / ranks * held[0]
+    return (ranks - 1) * min(held)  # gathers and scatters: the smaller tensor is one rank's part
 
 
 def complete(recipe: Recipe) -> Recipe:
@@ -188,21 +205,21 @@ def _metered(meter: _Meter, refine: Any) -> Iterator[None]:
     """Within it every collective of torch, DeepSpeed and megatron is timed, and so is the solve."""
     from deepspeed import comm as deepspeed_comm
 
-    places: list[tuple[Any, str]] = [(module, name) for module in (dist, deepspeed_comm) for name in _COLLECTIVES]
+    places: list[tuple[Any, str, str]] = [(module, name, name) for module in (dist, deepspeed_comm) for name in _COLLECTIVES]
     if "megatron.core.tensor_parallel.mappings" in sys.modules:
         mappings = sys.modules["megatron.core.tensor_parallel.mappings"]
-        places += [(mappings, "dist_all_gather_func"), (mappings, "dist_reduce_scatter_func")]
+        places += [(mappings, "dist_all_gather_func", "all_gather"), (mappings, "dist_reduce_scatter_func", "reduce_scatter_tensor")]
     with ExitStack() as stack:
-        for place, name in places:
-            stack.enter_context(patch.object(place, name, _timing(meter, getattr(place, name))))
+        for place, attribute, name in places:
+            stack.enter_context(patch.object(place, attribute, _timing(meter, name, getattr(place, attribute))))
         if refine is not None and not any(parameter.is_meta for parameter in refine.parameters()):
             solve = refine._solve
             stack.enter_context(patch.object(refine, "_solve", lambda *arguments: meter.solved(solve, arguments)))
         yield
 
 
-def _timing(meter: _Meter, work: Any) -> Any:
-    return lambda *arguments, **options: meter.timed(work, arguments, options)
+def _timing(meter: _Meter, name: str, work: Any) -> Any:
+    return lambda *arguments, **options: meter.timed(name, work, arguments, options)
 
 
 def main() -> None:
