@@ -11,13 +11,13 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from launchers.commands import bench, data, demo, doctor, evaluate, plan, train
+from launchers.commands import bench, data, demo, doctor, evaluate, launch, plan, train
 from launchers.output import print_error, print_note
 from pretrain.errors import Refusal, RunStopped
 
 REFUSED = 2
 INTERRUPTED = 130
-ORDER = ("data", "plan", "train", "evaluate", "bench", "doctor", "demo")
+ORDER = ("data", "plan", "train", "launch", "evaluate", "bench", "doctor", "demo")
 
 
 class Face(TyperGroup):
@@ -54,6 +54,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("train", epilog=train.EPILOG)(train.command)
+app.add_typer(launch.app, name="launch")
 app.command("evaluate", epilog=evaluate.EPILOG)(evaluate.command)
 app.add_typer(bench.app, name="bench")
 app.command("doctor", epilog=doctor.EPILOG)(doctor.command)

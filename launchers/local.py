@@ -1,6 +1,7 @@
 """`--procs N`: N ranks of one run on this machine, started, watched and ended together.
 
     launch(["pretrain/train.py", "demo"], 2) -> exit code of the run
+    launch(..., 8, Place(node=1, nodes=4, address="node-0", port=29500))        this machine's share of a run on four
 
 - SIGTERM, SIGUSR1 and SIGINT are passed on to every rank, which then saves or stops; a second one ends them at once.
 - The first rank to fail decides the exit code; the others get SIGTERM and, seconds later, SIGKILL. Ranks that stop on
@@ -19,18 +20,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
 
-from pretrain.errors import BAD_CHECKPOINT_WRITE, NON_FINITE, SIGNALLED
+from pretrain.errors import BAD_CHECKPOINT_WRITE, HUNG, NON_FINITE, SIGNALLED, VIOLATED
 
 INTERRUPTED = 130
 _POLL = 0.05
 _GRACE = 5.0
 """Seconds from SIGTERM to SIGKILL."""
-_AGREED = dict.fromkeys((SIGNALLED, NON_FINITE, BAD_CHECKPOINT_WRITE), 30.0)
+_AGREED = dict.fromkeys((SIGNALLED, NON_FINITE, BAD_CHECKPOINT_WRITE, VIOLATED, HUNG), 30.0)
 """Seconds the other ranks get after a rank stopped on purpose, before SIGTERM."""
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """This machine in a run over several, each started by itself (a pod of a Kubernetes job, say) with as many ranks as the others."""
+
+    node: int = 0
+    nodes: int = 1
+    address: str = "127.0.0.1"
+    """Of node 0, where rank 0 listens for the others."""
+    port: int | None = None
+    """There; None takes a free one, which only a run of one machine can."""
+
+
+ALONE = Place()
 
 
 def free_port() -> int:
@@ -40,28 +57,28 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The variables by which torch.distributed, DeepSpeed and streaming know their rank; threads share the cores."""
+def rank_environment(rank: int, ranks: int, port: int, place: Place = ALONE) -> dict[str, str]:
+    """The variables by which torch.distributed, DeepSpeed and streaming know rank `rank` of this machine's; threads share the cores."""
     cores = len(os.sched_getaffinity(0))
     return {
         **os.environ,
-        "RANK": str(rank),
+        "RANK": str(place.node * ranks + rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
+        "WORLD_SIZE": str(place.nodes * ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": place.address,
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))),
     }
 
 
-def launch(arguments: Sequence[str], ranks: int) -> int:
+def launch(arguments: Sequence[str], ranks: int, place: Place = ALONE) -> int:
     """Runs `python *arguments` as `ranks` local ranks; returns 0, or the code of the first rank to fail (128 + n for signal n)."""
-    port = free_port()
+    port = place.port or free_port()
     libc = ctypes.CDLL(None)
 
     def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     processes: list[subprocess.Popen[bytes]] = []
     with _passing_on(processes) as received:
@@ -70,7 +87,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, *arguments],
-                        env=rank_environment(rank, ranks, port),
+                        env=rank_environment(rank, ranks, port, place),
                         start_new_session=True,
                         preexec_fn=die_with_parent,
                     )
@@ -90,7 +107,7 @@ def _passing_on(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]
         for process in processes:
             _send(process, number)
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
         yield received
     finally:

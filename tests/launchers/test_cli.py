@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import types
@@ -19,6 +20,8 @@ from launchers.cli import ORDER, app
 from launchers.commands import train
 from launchers.commands.bench import parse_counts
 from launchers.commands.evaluate import parse_iterations
+from launchers.hosts import Host, Meeting
+from launchers.local import ALONE, Place
 from launchers.output import deliver, si, size
 from pretrain.errors import Refusal, RunStopped
 
@@ -29,6 +32,9 @@ COMMANDS = [
     ("data", "stats"),
     ("plan",),
     ("train",),
+    ("launch", "slurm"),
+    ("launch", "k8s"),
+    ("launch", "hostfile"),
     ("evaluate",),
     ("bench", "step"),
     ("bench", "data"),
@@ -64,7 +70,7 @@ class TestHelp:
 
     def test_train_lists_its_exit_codes(self) -> None:
         text = re.sub(r"\s+", " ", run("train", "--help").stdout)
-        for code in ("0 trained", "2 refused", "3 stopped", "4 too many", "5 a checkpoint", "130 interrupted"):
+        for code in ("0 trained", "2 refused", "3 stopped", "4 too many", "5 a checkpoint", "6 ranks", "7 a rank", "130 interrupted"):
             assert code in text
 
     def test_examples_of_overrides_are_real_keys(self) -> None:
@@ -149,15 +155,48 @@ class TestTrain:
     ) -> None:
         calls: list[Any] = []
 
-        def launch(arguments: list[str], ranks: int) -> int:
-            calls.append((arguments, ranks))
+        def launch(arguments: list[str], ranks: int, place: Place) -> int:
+            calls.append((arguments, ranks, place))
             return 4
 
         monkeypatch.setattr(train, "launch", launch)
         words = ["demo", "data.path=x", "train.micro_batch=4", f"run.dir={tmp_path / 'run'}"]
         assert run("train", *words, "--procs", "2").exit_code == 4
-        assert calls == [([str(train.ENTRY), *words], 2)]
+        assert calls == [([str(train.ENTRY), *words], 2, ALONE)]
         assert train.ENTRY.is_file()
+
+    def test_each_of_several_machines_launches_its_share(self, monkeypatch: pytest.MonkeyPatch, prepared: None, tmp_path: Path) -> None:
+        calls: list[Any] = []
+        monkeypatch.setattr(train, "launch", lambda arguments, ranks, place: calls.append((ranks, place)) or 0)
+        words = [
+            "demo",
+            "data.path=x",
+            "train.micro_batch=8",
+            f"run.dir={tmp_path / 'run'}",
+            "--master-addr",
+            "a",
+            "--master-port",
+            "29999",
+        ]
+        first = run("train", *words, "--nodes", "2", "--node-rank", "0")
+        second = run("train", *words, "--nodes", "2", "--node-rank", "1")
+        assert calls == [(1, Place(0, 2, "a", 29999)), (1, Place(1, 2, "a", 29999))]
+        assert "is whole" in first.stdout
+        assert second.stdout == ""
+
+    def test_the_machines_of_a_hostfile_get_the_same_words(self, monkeypatch: pytest.MonkeyPatch, prepared: None, tmp_path: Path) -> None:
+        calls: list[Any] = []
+        monkeypatch.setattr(train, "meet", lambda hosts, **options: calls.append((hosts, options)) or Meeting("10.0.0.1", 29999))
+        monkeypatch.setattr(train.cluster, "run", lambda *arguments: calls.append(arguments) or 3)
+        file = tmp_path / "hosts"
+        file.write_text("a slots=1\nb slots=3\n")
+        words = ["demo", "data.path=x", "train.micro_batch=2", f"run.dir={tmp_path}"]
+        (tmp_path / "config.yaml").touch()
+        result = run("train", *words, "--resume", "--hostfile", str(file), "--ssh-port", "2222", "--master-addr", "c")
+        hosts = [Host("a", 1), Host("b", 3)]
+        assert result.exit_code == 3
+        assert calls[0] == (hosts, {"ssh_port": 2222, "address": "c", "port": None})
+        assert calls[1] == ([str(train.ENTRY), *words, "--resume"], file, hosts, Meeting("10.0.0.1", 29999), 2222)
 
     @pytest.mark.parametrize(
         ("words", "said"),
@@ -165,12 +204,28 @@ class TestTrain:
             (["data.path=x", "--procs", "3"], "3 data ranks"),
             ([], "data.path is missing"),
             (["data.path=x", "--resume", "run.dir=/nonexistent/run"], "no run to resume"),
+            (["data.path=x", "--procs", "3", "layout.tensor=2"], "divide this world of 3"),
+            (["data.path=x", "--hostfile", "HOSTS", "--procs", "2"], "leave out --procs"),
+            (["data.path=x", "--hostfile", "HOSTS", "--nodes", "1"], "leave out --procs"),
+            (["data.path=x", "--hostfile", "HOSTS"], "3 data ranks"),
+            (["data.path=x", "--hostfile", "HOSTS", "layout.tensor=2"], "divide this world of 3"),
+            (["data.path=x", "--hostfile", "NOWHERE"], "NOWHERE cannot be read"),
+            (["data.path=x", "--node-rank", "1"], "add --nodes, or --hostfile"),
+            (["data.path=x", "--nodes", "2", "--node-rank", "2"], "none of --nodes 2"),
+            (["data.path=x", "--nodes", "2"], "needs --master-addr and --master-port"),
+            (["data.path=x", "--nodes", "2", "--master-addr", "a", "--master-port", "BUSY"], "is in use on this machine"),
         ],
     )
-    def test_refused_before_any_process_starts(self, monkeypatch: pytest.MonkeyPatch, prepared: None, words: list[str], said: str) -> None:
-        monkeypatch.setattr(train, "launch", lambda *_: pytest.fail("started"))
+    def test_refused_before_any_process_starts(
+        self, monkeypatch: pytest.MonkeyPatch, prepared: None, tmp_path: Path, words: list[str], said: str
+    ) -> None:
+        for place, name in ((train, "launch"), (train, "meet"), (train.cluster, "run")):
+            monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("started"))
         monkeypatch.setattr("pretrain.train.run", lambda *_: pytest.fail("started"))
-        result = run("train", "demo", *words)
+        (tmp_path / "hosts").write_text("a slots=1\nb slots=2\n")
+        with socket.create_server(("", 0)) as busy:
+            known = {"HOSTS": str(tmp_path / "hosts"), "BUSY": str(busy.getsockname()[1])}
+            result = run("train", "demo", *(known.get(word, word) for word in words))
         assert result.exit_code == 2
         assert said in result.stderr
 

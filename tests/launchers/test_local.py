@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.local import launch, rank_environment
+from launchers.local import Place, free_port, launch, rank_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0
@@ -68,6 +68,16 @@ def test_every_rank_knows_its_place(script: Callable[[str], str], tmp_path: Path
     assert [one["RANK"] for one in told] == [one["LOCAL_RANK"] for one in told] == ["0", "1", "2"]
     assert {one["WORLD_SIZE"] for one in told} == {one["LOCAL_WORLD_SIZE"] for one in told} == {"3"}
     assert len({one["MASTER_PORT"] for one in told}) == 1
+
+
+def test_machines_started_apart_make_one_run(script: Callable[[str], str], tmp_path: Path) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    file = script(f"json.dump([os.environ[name] for name in {names!r}], open(f'{{folder}}/env{{rank}}', 'w'))")
+    port = free_port()
+    for node in range(2):
+        assert launch([file], 2, Place(node, 2, "node-0", port)) == 0
+    told = [json.loads((tmp_path / f"env{rank}").read_text()) for rank in range(4)]
+    assert told == [[str(rank), str(rank % 2), "4", "2", "node-0", str(port)] for rank in range(4)]
 
 
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
