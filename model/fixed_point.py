@@ -97,11 +97,13 @@ class Solution:
 def relative_residual(change: Tensor, y: Tensor, stop: str = "norm", tokens: Tokens = UNDIVIDED) -> Tensor:
     """||change|| / ||y|| of each sequence [b], or the largest of its tokens' with stop = "max_token"; the same on all ranks."""
     if stop == "max_token":
-        return tokens.highest(token_residual(change, y).amax(dim=-1))
-    if tokens.ranks == 1:
-        return change.flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1).clamp_min(_TINY)
-    squares = torch.stack([part.flatten(1).square().sum(dim=1) for part in (change, y)])
-    of_change, of_y = tokens.total(squares).sqrt()
+        largest = token_residual(change, y).amax(dim=-1)
+        if tokens.ranks > 1:  # a maximum over ranks may lose a NaN
+            largest = largest.nan_to_num(nan=float("inf"), posinf=float("inf"))
+        return tokens.highest(largest)
+    of_change, of_y = change.flatten(1).norm(dim=1), y.flatten(1).norm(dim=1)
+    if tokens.ranks > 1:
+        of_change, of_y = tokens.total(torch.stack((of_change, of_y)).square()).sqrt()
     return of_change / of_y.clamp_min(_TINY)
 
 

@@ -143,7 +143,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.shared(self.weight).to(x.dtype), self.eps).to(self.weight.dtype)
+        return rms_norm(x, self.shared(self.weight.to(x.dtype)), self.eps).to(self.weight.dtype)
 
 
 class ChannelGate(nn.Module):
@@ -161,7 +161,7 @@ class ChannelGate(nn.Module):
         nn.init.constant_(self.raw, math.log(share / (1 - share)))
 
     def forward(self, x: Tensor) -> Tensor:
-        raw = self.shared(self.raw).to(torch.promote_types(self.raw.dtype, torch.float32))
+        raw = self.shared(self.raw.to(torch.promote_types(self.raw.dtype, torch.float32)))
         return x * (self.maximum * torch.sigmoid(raw)).to(x.dtype)
 
 

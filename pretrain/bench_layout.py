@@ -121,6 +121,8 @@ def layouts_of(recipe: Recipe, ranks: int) -> list[Layout]:
     found = []
     for tensor, pipeline in product(range(1, ranks + 1), repeat=2):
         section = recipe.layout.model_copy(update={"tensor": tensor, "pipeline": pipeline, "zero": 1, "sequence_parallel": False})
+        if tensor > 1 and recipe.gradient.jacobian_penalty:
+            continue
         try:
             layout = layout_on(section, ranks)
             refuse_illegal(section, recipe.model, recipe.data.sequence_length)
@@ -162,7 +164,7 @@ def measure(recipe: Recipe, steps: int) -> Row:
         shares = gather(
             (meter.total / whole, meter.solve / whole, meter.in_solve / meter.solve if meter.solve else 0.0, meter.bytes / steps)
         )
-    communication, solve, in_solve, sent = (max(column) for column in zip(*shares, strict=True))
+    communication, solve, in_solve, out = (max(column) for column in zip(*shares, strict=True))
     typical = statistics.median(seconds)
     return {
         "layout": short(layout),
@@ -173,7 +175,7 @@ def measure(recipe: Recipe, steps: int) -> Row:
         "communication_share": communication,
         "solve_share": solve,
         "solve_communication": in_solve,
-        "sent_bytes": sent,
+        "sent_bytes": out,
     }
 
 

@@ -1,7 +1,7 @@
 """The DeepSpeed engine of a recipe: its configuration, the optimizer by roles, ZeRO over the data ranks, a pipeline over stages.
 
     fp32   weights, gradients and moments in fp32
-    bf16   weights and products in bf16; gradients accumulated, reduced weights and moments kept in fp32 by DeepSpeed
+    bf16   weights and products in bf16; gradients are accumulated and reduced, masters and moments kept, in fp32 by DeepSpeed
 
 Under ZeRO 3 the module that holds the solver's loop is a leaf: gathered once a solve, whatever the iterations on each rank.
 """
@@ -77,6 +77,8 @@ def build_engine(recipe: Recipe, model: LanguageModel, accumulation: int, mesh: 
         dist_init_required=False,
     )
     zero.attach(engine, recipe.optimizer.clip, mesh)
+    if mesh.layout.pipeline > 1:
+        zero.reduce_tied_last(engine)
     return engine
 
 

@@ -107,9 +107,11 @@ def refuse_illegal(section: LayoutSection, model: BackboneConfig, sequence_lengt
             f"layout.zero=0 cannot be combined with layout.tensor={tensor}, layout.pipeline={pipeline}: DeepSpeed then measures a wrong "
             "gradient norm across the ranks of a model. Use layout.zero=1, which costs nothing on one data rank."
         )
-    for what, size in _cut_by_tensor(model, sequence_length).items():
+    divides_tokens = model.kind == "attractor" or section.sequence_parallel
+    cut = _cut_by_tensor(model, sequence_length if divides_tokens else None)
+    for what, size in cut.items():
         if size is not None and size % tensor:
-            legal = [n for n in range(1, size + 1) if all(s is None or s % n == 0 for s in _cut_by_tensor(model, sequence_length).values())]
+            legal = [n for n in range(1, size + 1) if all(s is None or s % n == 0 for s in cut.values())]
             raise ValueError(
                 f"layout.tensor={tensor} does not divide {what}={size}, so the ranks would not hold equal shards. For this model "
                 f"layout.tensor may be {neighbours(tensor, legal)}."

@@ -39,8 +39,8 @@ def process_group(settings: TrainSection) -> Iterator[torch.device]:
     """This rank's device, inside a process group (of one, if need be) that ends with the context.
 
     The rank is read from the environment, which pretrain.train completes. Ranks wait train.hang_timeout for each other at the start. A
-    collective waits twice as long, so that the watchdog, which shows where each rank stands, speaks first. Raises Refusal when the
-    ranks do not find each other.
+    collective of all ranks waits twice as long, so that the watchdog, which shows where each rank stands, speaks first; the groups that
+    DeepSpeed and megatron make keep torch's own bound (gloo 30 minutes, NCCL 10). Raises Refusal when the ranks do not find each other.
     """
     device = device_of(settings.device)
     settle_libraries(device)

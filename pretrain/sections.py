@@ -71,8 +71,9 @@ class TrainSection(Section):
     """Peak FLOP/s of one device, for MFU; null looks common GPUs up."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
-    hang_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds without progress after which a rank shows its stacks and ends (exit code 7); ranks meet within as many at the start."""
+    hang_timeout: Annotated[float, Field(gt=0)] = 480.0
+    """Seconds without progress after which a rank shows its stacks and ends (exit code 7); ranks meet within as many at the start.
+    Below the 600 after which NCCL aborts by itself, without a word on where anyone stood."""
     check_every: Annotated[int, Field(ge=0)] = 1000
     """Steps between checks that all copies of every tensor are equal and finite (the first three steps always have one); 0: never."""
 

@@ -34,7 +34,7 @@ from model.loss import IGNORE
 from model.refine import Depth
 from pretrain.mesh import Mesh
 from pretrain.partition import Stage
-from pretrain.step import Found
+from pretrain.step import Found, to_device
 
 Marks = tuple[Tensor, Tensor, Tensor]
 """tokens [b, s], targets [b, s], documents [b, s], or [1] where attention crosses them."""
@@ -150,16 +150,18 @@ class Stages(PipelineModule):
         return loss * ((targets != IGNORE).sum() / targets.numel())
 
 
-def pairs(batches: Iterable[Batch], mask_documents: bool) -> Iterator[tuple[Marks, Tensor]]:
+def pairs(batches: Iterable[Batch], device: torch.device, mask_documents: bool) -> Iterator[tuple[Marks, Tensor]]:
     """Batches as DeepSpeed's pipeline reads them on its first stage: (inputs, labels), of which the labels are not used."""
     for batch in batches:
-        documents = batch.documents if mask_documents else batch.documents.new_zeros(1)
-        yield (batch.tokens, batch.targets, documents), documents
+        tokens, targets, documents = to_device(batch, device, mask_documents)
+        yield (tokens, targets, tokens.new_zeros(1) if documents is None else documents), targets
 
 
 def feed(engine: Any, batches: Iterable[Batch], mask_documents: bool) -> Iterator[Any]:
     """What this stage's engine draws from: batches on the first, nothing of meaning on the last, which is asked as well."""
-    return pairs(batches, mask_documents) if engine.is_first_stage() else repeat((None, torch.zeros(())))
+    return (
+        pairs(batches, engine.device, mask_documents) if engine.is_first_stage() else repeat((None, torch.zeros((), device=engine.device)))
+    )
 
 
 def evaluate_batches(engine: Any, batches: Iterable[Batch], depths: Sequence[Depth], mask_documents: bool) -> Iterator[Found]:
@@ -172,7 +174,6 @@ def evaluate_batches(engine: Any, batches: Iterable[Batch], depths: Sequence[Dep
             yield from stages.take_found()
     finally:
         stages.depths = None
-        stages.train()
 
 
 class _Built(TiedLayerSpec):

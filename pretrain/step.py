@@ -70,7 +70,7 @@ def train_step(
         loss=sum(column["nll"]) / max(1.0, sum(column["predicted"])),
         grad_norm=float(engine.get_global_grad_norm()),
         applied=engine.was_step_applied(),
-        stop=any(row[_COLUMNS.index("stop")] for rows in by_rank for row in rows),
+        stop=any(row[_COLUMNS.index("stop")] for told in by_rank for row in told),
         own_iterations=sum(row[_COLUMNS.index("solver_iterations")] for row in by_rank[mesh.rank]) / accumulation,
         solver=solver if any(column["solver_iterations"]) else None,
     )
@@ -95,7 +95,14 @@ def _pipelined(engine: Any, batches: Iterator[Batch], accumulation: int, mask_do
 def _row(loss: Tensor, targets: Tensor, record: dict[str, Tensor], stop: bool) -> Tensor:
     predicted = (targets != IGNORE).sum()
     values: dict[str, Any] = {"nll": record.get("cross_entropy", loss) * predicted, "predicted": predicted, "stop": stop, **record}
-    return torch.stack([torch.as_tensor(values.get(name, 0), dtype=torch.float64).to(loss.device) for name in _COLUMNS])
+    return torch.stack([_scalar(values.get(name, 0), loss.device) for name in _COLUMNS])
+
+
+def _scalar(value: Any, device: torch.device) -> Tensor:
+    """In fp64 on the device. What lies on the host is filled in: a copy would wait for the device."""
+    if isinstance(value, Tensor) and value.device == device:
+        return value.double()
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
 def _no_rows(accumulation: int, device: torch.device, stop: bool) -> Tensor:

@@ -12,7 +12,7 @@ Between matrices activations are replicated [b, s, w], or, divided, this rank's 
 
 An all-reduce is a reduce-scatter and an all-gather, so both carry the same bytes: per block twice w bytes-per-value a token, forward,
 and as much backward. Query, key and value (gate and up) read one `enter`, so that backward reduces once for all of them. The
-attractor is always divided: its state, residuals and history shrink with T at no cost in traffic.
+attractor is always divided: its state, residuals and history shrink with T, at the cost of one all-gather a micro-batch in backward.
 
 The matrices are plain nn.Linear over megatron's mappings, not its ColumnParallelLinear: that computes a weight's gradient in every
 backward, also in the vector-Jacobian products of an adjoint solve, which ask for none.

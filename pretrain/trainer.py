@@ -317,7 +317,6 @@ class _Run:
         )
 
     def _write_summary(self) -> None:
-
         total = self.ledger.total
         self.folder.write_summary(
             {

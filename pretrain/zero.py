@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.pipe.schedule import ReduceGrads, ReduceTiedGrads
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -194,6 +195,30 @@ def _matrix(parameter: Tensor, shape: torch.Size, tensor: int, name: str) -> Mat
     dim: int = parameter.partition_dim  # type: ignore[attr-defined]
     _require(getattr(parameter, "partition_stride", 1) == 1, f"the shards of {name} are not contiguous")
     return Matrix(rows * tensor, columns, 0, tensor) if dim == 0 else Matrix(rows, columns * tensor, 1, tensor)
+
+
+def reduce_tied_last(engine: Any) -> None:
+    """Of a pipeline with a tied table: adds up its gradients over the data ranks first, and over the two stages then.
+
+    DeepSpeed does it the other way round. But the order in which a ring sums an element depends on where it lies in its stage's buffer,
+    so from three data ranks on the two copies would drift apart, bit by bit. Added up last, they stay equal.
+    """
+    wrapper = engine.optimizer
+
+    def reduced(weight: Tensor) -> list[Tensor]:
+        if isinstance(wrapper, BF16_Optimizer):
+            return [weight._hp_grad]  # type: ignore[attr-defined]
+        index = next(i for i, group in enumerate(wrapper.bit16_groups) if any(parameter is weight for parameter in group))
+        _require(len(wrapper.bit16_groups[index]) == 1, "the tied table shares its group")
+        return list(wrapper.averaged_gradients[index][: len(wrapper.params_in_partition[index])])
+
+    def reduce(engine: Any) -> None:
+        engine._exec_reduce_grads()
+        for weight, group in engine.module.get_tied_weights_and_groups():
+            for gradient in reduced(weight):
+                dist.all_reduce(gradient, group=group)
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: lambda engine: None, ReduceGrads: reduce}
 
 
 def masters(engine: DeepSpeedEngine) -> list[Tensor]:

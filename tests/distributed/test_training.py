@@ -71,6 +71,12 @@ def test_zero_3_gathers_the_attractor_once_a_solve_whatever_its_iterations() -> 
         assert all_of_few == all_of_many > few
 
 
+def test_tied_tables_of_three_replicas_stay_equal() -> None:
+    """With three data ranks a ring adds up an element in an order that depends on its place in its stage's buffer: not so with two."""
+    told = run_ranks("tests.distributed.training_ranks:tied_replicas", 6)
+    assert all(losses == told[0] for losses in told)
+
+
 def test_gradients_were_clipped_and_muon_updated_matrices(outcome: tuple[Path, list[Any], list[Any]]) -> None:
     _, alone, _ = outcome
     assert min(norm for _, norm, _ in alone[0][0]["steps"]) > 0.5

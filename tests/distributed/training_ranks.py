@@ -67,6 +67,7 @@ def parity(cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
     with process_group(TrainSection(tokens=1, device="cpu")) as device:
         from pretrain.engine import build_engine, build_model, language_model
         from pretrain.evaluate import evaluate
+        from pretrain.invariants import check
         from pretrain.layout import layout_on
         from pretrain.mesh import connect
         from pretrain.optimizer import apply_schedule
@@ -92,6 +93,7 @@ def parity(cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
                 apply_schedule(client_optimizer(engine), step, recipe.schedule, STEPS)
                 result = train_step(engine, stream, accumulation, mesh, mask_documents=mask, stop_requested=False)
                 steps.append([result.loss, result.grad_norm, result.applied])
+                check(language_model(engine).named_parameters(), mesh, {"iterations": result.own_iterations})
             engine.eval()
             rows = [next(stream) for _ in range(accumulation)]
             report = evaluate(engine, rows, [0, 1, "auto", "strict"], device, mesh, mask_documents=mask)
@@ -102,6 +104,36 @@ def parity(cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
             results.append(told | {"report": report, "tells": mesh.tells, "solver": result.solver})
             engine.destroy()
     return results
+
+
+def tied_replicas() -> list[float]:
+    """Losses of a pipeline of two stages with three replicas; every copy of every tensor must be bit-equal after each step."""
+    from data_pipeline import Batch
+    from pretrain.agreement import world_size
+    from pretrain.config import TrainSection
+    from pretrain.runtime import process_group
+
+    case = {"layout.pipeline": 2, "train.global_batch": 6, "train.micro_batch": 1, "train.tokens": 1000, "model.vocabulary_size": 4096}
+    with process_group(TrainSection(tokens=1, device="cpu")) as device:
+        from pretrain.engine import build_engine, build_model, language_model
+        from pretrain.invariants import check
+        from pretrain.layout import layout_on
+        from pretrain.mesh import connect
+        from pretrain.step import train_step
+
+        recipe = recipe_of(case, world_size())
+        mesh = connect(layout_on(recipe.layout, world_size()), device)
+        engine = build_engine(recipe, build_model(recipe, device, mesh), 2, mesh)
+        engine.train()
+        generator = torch.Generator().manual_seed(mesh.where.data)
+        losses = []
+        for _ in range(4):
+            rows = torch.randint(VOCABULARY, (2, LENGTH + 1), generator=generator)
+            stream = (Batch(row[:, :-1], row[:, 1:], torch.zeros_like(row[:, 1:]).int(), torch.arange(1)) for row in rows.split(1))
+            result = train_step(engine, stream, 2, mesh, mask_documents=False, stop_requested=False)
+            check(language_model(engine).named_parameters(), mesh, {})
+            losses.append(result.loss)
+    return losses
 
 
 def leaf_gathers(counts: list[int]) -> list[list[int]]:

@@ -158,8 +158,12 @@ class TestCombinations:
     @pytest.mark.parametrize(
         ("overrides", "said"),
         [
-            (["layout.tensor=2"], "layout.tensor=2 is not available yet"),
-            (["layout.pipeline=4"], "layout.pipeline=4 is not available yet"),
+            (["layout.tensor=3"], "layout.tensor may be 2 or 4"),
+            (["layout.pipeline=9"], "Use layout.pipeline=4 or less"),
+            (["layout.pipeline=2", "layout.zero=2"], "Use layout.zero=1, or layout.pipeline=1"),
+            (["layout.tensor=2", "layout.zero=0"], "Use layout.zero=1"),
+            (["layout.sequence_parallel=true"], "layout.tensor=1 has one"),
+            (["layout.tensor=2", "gradient.jacobian_penalty=0.1"], "gradient.convergence_penalty"),
             (["train.precision=bf16", "layout.zero=0"], "layout.zero=1"),
             (["schedule.shape=trapezoid", "schedule.warmup=0.6", "schedule.decay=0.5"], "schedule.warmup=0.6"),
             (["train.tokens=100"], "less than one step"),
