@@ -110,7 +110,18 @@ def layout(
     """Time a training step on one rank and on every legal layout of --procs ranks, and what they spend on communication."""
     changes = ["train.global_batch=8", "train.micro_batch=1", *(overrides or [])] if recipe == "demo" else list(overrides or [])
     resolved = load_recipe(recipe, changes)
-    deliver(as_json, lambda: _layout_rows(resolved, recipe, changes, procs, steps), lambda rows: _show("Training step by layout", rows))
+    deliver(as_json, lambda: _layout_rows(resolved, recipe, changes, procs, steps), _show_layouts)
+
+
+def _show_layouts(rows: list[Row]) -> None:
+    table = Table(title="Training step by layout", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for name in ("layout", "step", "tokens/s", "solve", "communication", "solver's", "a rank sends"):
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    for row in rows:
+        shares = [f"{100 * row[share]:.0f}%" for share in ("solve_share", "communication_share", "solver_share_of_communication")]
+        table.add_row(row["layout"], f"{row['step_seconds']:.3f} s", si(row["tokens_per_second"]), *shares, size(row["sent_bytes"]))
+    console().print(table)
+    console().print("Shares of a step, and the solver's of the communication. Waiting for other ranks is communication too.", style="dim")
 
 
 def _layout_rows(resolved: Recipe, recipe: str, changes: list[str], procs: int, steps: int) -> list[Row]:
