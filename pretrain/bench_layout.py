@@ -4,7 +4,7 @@
     communication_share    of a second pass: seconds inside collectives over seconds of the step (slowest rank); they include waiting for
                            the others, so an unbalanced pipeline shows here as well
     solve_share            of that pass: seconds of the solve over the step
-    solve_communication    of that pass: seconds inside collectives during the solve over seconds of the solve
+    solver_share_of_communication    of that pass: seconds inside collectives during the solve over those of the whole step
     sent_bytes             what a rank must send in a step: (n - 1) / n of the whole for a gather or a scatter over n ranks, twice that
                            for an all-reduce (docs/scaling.md predicts it)
 
@@ -161,9 +161,8 @@ def measure(recipe: Recipe, steps: int) -> Row:
             started = meter.now()
             evaluations = [step() for _ in range(steps)]
             whole = meter.now() - started
-        shares = gather(
-            (meter.total / whole, meter.solve / whole, meter.in_solve / meter.solve if meter.solve else 0.0, meter.bytes / steps)
-        )
+        solvers = meter.in_solve / meter.total if meter.total else 0.0
+        shares = gather((meter.total / whole, meter.solve / whole, solvers, meter.bytes / steps))
     communication, solve, in_solve, out = (max(column) for column in zip(*shares, strict=True))
     typical = statistics.median(seconds)
     return {
@@ -174,7 +173,7 @@ def measure(recipe: Recipe, steps: int) -> Row:
         "tokens_per_second": recipe.train.global_batch * (recipe.data.sequence_length or 0) / typical,
         "communication_share": communication,
         "solve_share": solve,
-        "solve_communication": in_solve,
+        "solver_share_of_communication": in_solve,
         "sent_bytes": out,
     }
 
