@@ -115,13 +115,13 @@ def layout(
 
 def _show_layouts(rows: list[Row]) -> None:
     table = Table(title="Training step by layout", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for name in ("layout", "step", "tokens/s", "solve", "communication", "solver's", "a rank sends"):
+    for name in ("layout", "step", "tokens/s", "solve", "comm.", "solver's", "sent"):
         table.add_column(name, justify="left" if name == "layout" else "right")
     for row in rows:
         shares = [f"{100 * row[share]:.0f}%" for share in ("solve_share", "communication_share", "solver_share_of_communication")]
         table.add_row(row["layout"], f"{row['step_seconds']:.3f} s", si(row["tokens_per_second"]), *shares, size(row["sent_bytes"]))
     console().print(table)
-    console().print("Shares of a step, and the solver's of the communication. Waiting for other ranks is communication too.", style="dim")
+    console().print("solve, comm.: shares of a step (waiting for other ranks is communication too). solver's: of the communication.", style="dim")
 
 
 def _layout_rows(resolved: Recipe, recipe: str, changes: list[str], procs: int, steps: int) -> list[Row]:
