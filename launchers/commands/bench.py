@@ -121,7 +121,8 @@ def _show_layouts(rows: list[Row]) -> None:
         shares = [f"{100 * row[share]:.0f}%" for share in ("solve_share", "communication_share", "solver_share_of_communication")]
         table.add_row(row["layout"], f"{row['step_seconds']:.3f} s", si(row["tokens_per_second"]), *shares, size(row["sent_bytes"]))
     console().print(table)
-    console().print("solve, comm.: shares of a step (waiting for other ranks is communication too). solver's: of the communication.", style="dim")
+    console().print("solve, comm.: shares of a step (waiting for other ranks is communication too)", style="dim")
+    console().print("solver's: its share of the communication. sent: by a rank, a step", style="dim")
 
 
 def _layout_rows(resolved: Recipe, recipe: str, changes: list[str], procs: int, steps: int) -> list[Row]:
