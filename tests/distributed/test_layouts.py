@@ -22,7 +22,7 @@ from tests.distributed.ranks import run_ranks
 
 Case = dict[str, Any]
 SIZE = {"model.heads": 4, "model.backbone_layers": 3, "optimizer.lr": 1e-3, "optimizer.muon_lr": 1e-3, "optimizer.eps": 1e-6}
-METHODS = ({"gradient.mode": "one_step", "optimizer.name": "muon"}, {"gradient.mode": "adjoint", "optimizer.name": "adamw"})
+METHODS = [{"gradient.mode": mode, "optimizer.name": name} for mode in ("one_step", "adjoint") for name in ("muon", "adamw")]
 LAYOUTS: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {  # ranks: (tensor, pipeline, ZeRO stages)
     2: [(1, 1, (0, 1, 2, 3)), (2, 1, (1, 2, 3)), (1, 2, (1,))],
     4: [(1, 1, (0, 1, 2, 3)), (4, 1, (1, 2, 3)), (1, 4, (1,)), (2, 1, (1, 2, 3)), (1, 2, (1,)), (2, 2, (1,))],
