@@ -16,9 +16,10 @@ import pytest
 
 from launchers import cluster, node
 from launchers.cluster import quoted
+from launchers.commands.train import refuse_unfinished
 from launchers.hosts import Host, Meeting, meet, read_hostfile
 from launchers.local import free_port
-from pretrain.errors import Refusal
+from pretrain.errors import Refusal, RunStopped
 from tests.launchers.test_local import alive, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -348,3 +349,13 @@ time.sleep(600)
         (ssh / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n\n# a comment\n")
         with pytest.raises(Refusal, match=r"\.deepspeed_env, line 2: `` is not of the form NAME=VALUE"):
             cluster.run(["rank.py"], ssh / "hosts", HOSTS, Meeting("here", 1), None)
+
+
+def test_a_launcher_that_ended_well_is_not_believed_when_the_run_did_not(tmp_path: Path) -> None:
+    """DeepSpeed's runner answers 0 when its pdsh was killed."""
+    (tmp_path / "summary.json").write_text('{"step": 7, "total_steps": 20}')
+    with pytest.raises(RunStopped, match="stands at step 7 of 20") as stopped:
+        refuse_unfinished(tmp_path)
+    assert stopped.value.code == 1
+    (tmp_path / "summary.json").write_text('{"step": 20, "total_steps": 20}')
+    refuse_unfinished(tmp_path)
