@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pretrain.errors import HUNG, VIOLATED
 from tests.distributed.faulty_rank import FAULT_AT
 from tests.distributed.ranks import ROOT
 from tests.pretrain.tiny_run import SETTINGS, prepare_text
 
+pytestmark = pytest.mark.timeout(600)  # real ranks, and a machine may be slow
 START = "import sys; from launchers.local import launch; sys.exit(launch(sys.argv[1:], 2))"
 
 
@@ -20,7 +23,7 @@ def run(kind: str, folder: Path, *extra: str) -> subprocess.CompletedProcess[str
     words = ["-m", "tests.distributed.faulty_rank", kind, "demo", f"data.path={data}", f"run.dir={folder / 'run'}", *SETTINGS, *extra]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-c", START, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", START, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.ranks import run_ranks
 
+pytestmark = pytest.mark.timeout(1500)  # real ranks, and a machine may be slow
 Case = dict[str, Any]
 SIZE = {"model.heads": 4, "model.backbone_layers": 3, "optimizer.lr": 1e-3, "optimizer.muon_lr": 1e-3, "optimizer.eps": 1e-6}
 METHODS = [{"gradient.mode": mode, "optimizer.name": name} for mode in ("one_step", "adjoint") for name in ("muon", "adamw")]

@@ -8,6 +8,7 @@ import pytest
 
 from tests.distributed.ranks import run_ranks
 
+pytestmark = pytest.mark.timeout(900)  # real ranks, and a machine may be slow
 BATCH, LENGTH, WIDTH, BLOCKS, EVALUATIONS = 3, 16, 32, 2, 4
 CASES: list[dict[str, Any]] = [
     {"gradient": {"mode": "one_step"}},

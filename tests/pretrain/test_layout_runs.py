@@ -14,6 +14,7 @@ from pretrain.layout import Layout
 from tests.distributed.ranks import run_ranks
 from tests.pretrain.tiny_run import BATCH, LENGTH, SETTINGS, TARGET
 
+pytestmark = pytest.mark.timeout(900)  # real ranks, and a machine may be slow
 STEPS = 6
 SHORT = [*SETTINGS, f"train.tokens={STEPS * BATCH * LENGTH}", "evaluation.every=4"]
 LAYOUTS = {
