@@ -26,13 +26,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 from launchers.hosts import Host, Meeting, answer, ask, last_line
-from launchers.local import INTERRUPTED, PASSED_ON, PR_SET_PDEATHSIG
+from launchers.local import INTERRUPTED, PR_SET_PDEATHSIG, noting_signals
 from pretrain.errors import BAD_CHECKPOINT_WRITE, HUNG, NON_FINITE, SIGNALLED, VIOLATED, Refusal
 
 _POLL = 0.05
@@ -57,7 +56,7 @@ def run(arguments: Sequence[str], hostfile: Path, hosts: Sequence[Host], meeting
     def end_with_parent() -> None:  # DeepSpeed's runner takes SIGTERM as the order to end its nodes
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    with _noting() as received:
+    with noting_signals() as received:
         process = subprocess.Popen(
             command,
             env=environment,
@@ -106,22 +105,6 @@ def quoted(word: str) -> str:
     """
     word = word.replace("%", "%%")
     return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
-
-
-@contextlib.contextmanager
-def _noting() -> Iterator[list[int]]:
-    """Notes the signals that would end this process."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in PASSED_ON}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _pass_on_output(process: subprocess.Popen[bytes], failures: list[int]) -> list[threading.Thread]:

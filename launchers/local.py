@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -81,7 +81,12 @@ def launch(arguments: Sequence[str], ranks: int, place: Place = ALONE) -> int:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     processes: list[subprocess.Popen[bytes]] = []
-    with _passing_on(processes) as received:
+
+    def pass_on(number: int) -> None:
+        for process in processes:
+            _send(process, number)
+
+    with noting_signals(pass_on) as received:
         try:
             for rank in range(ranks):
                 processes.append(
@@ -98,16 +103,15 @@ def launch(arguments: Sequence[str], ranks: int, place: Place = ALONE) -> int:
 
 
 @contextlib.contextmanager
-def _passing_on(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Passes signals on to the ranks meanwhile; yields the list of those received."""
+def noting_signals(act: Callable[[int], None] = lambda number: None) -> Iterator[list[int]]:
+    """Keeps the signals of PASSED_ON from ending this process meanwhile: yields the list of those received, and does `act` at each."""
     received: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        for process in processes:
-            _send(process, number)
+        act(number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    before = {number: signal.signal(number, note) for number in PASSED_ON}
     try:
         yield received
     finally:

@@ -44,10 +44,6 @@ class Layout:
         return self.pipeline * self.data * self.tensor
 
     @property
-    def sizes(self) -> Coordinates:
-        return Coordinates(self.pipeline, self.data, self.tensor)
-
-    @property
     def cuts_model(self) -> bool:
         """Whether a rank holds less than the whole model for reasons other than ZeRO."""
         return self.pipeline > 1 or self.tensor > 1

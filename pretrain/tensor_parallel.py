@@ -35,8 +35,6 @@ from model import loss
 from model.fixed_point import UNDIVIDED, Tokens
 from model.layers import Layers
 
-__all__ = ["DividedTokens", "TensorParallelLayers"]
-
 
 class _Group:
     """Reductions over the tensor ranks. Their argument is used up."""

@@ -60,7 +60,7 @@ def test_groups_partition_the_world_and_differ_along_their_axes_alone(layout: La
             assert sorted(rank for group in groups for rank in group) == list(range(layout.ranks))
             size = 1
             for axis in axes:
-                size *= getattr(layout.sizes, axis)
+                size *= {"pipe": layout.pipeline, "data": layout.data, "tensor": layout.tensor}[axis]
             for group in groups:
                 assert len(group) == size
                 assert group == sorted(group)
@@ -104,14 +104,20 @@ def test_data_parallel_fills_the_rest_or_the_worlds_named_do(tensor: int, pipeli
     }
 
 
-@given(backbones(), st.integers(1, 12), st.sampled_from([None, 16, 24]))
+@given(backbones(), st.integers(1, 12), st.sampled_from([None, 16, 24]), st.booleans())
 def test_tensor_sizes_are_those_that_divide_and_the_neighbours_named_are_legal(
-    model: BackboneConfig, tensor: int, length: int | None
+    model: BackboneConfig, tensor: int, length: int | None, divided: bool
 ) -> None:
-    legal = [n for n in range(1, 13) if illegal(LayoutSection(tensor=n), model, length) is None]
-    shared = (model.heads, model.key_value_heads, model.hidden, model.vocabulary_size, length)
+    """The length is divided where tokens are: in an attractor's solve, and everywhere under sequence parallelism."""
+
+    def section(n: int) -> LayoutSection:
+        return LayoutSection(tensor=n, sequence_parallel=divided and n > 1)
+
+    legal = [n for n in range(1, 13) if illegal(section(n), model, length) is None]
+    shared = [model.heads, model.key_value_heads, model.hidden, model.vocabulary_size]
+    shared += [length] if divided or model.kind == "attractor" else []
     assert legal == [n for n in range(1, 13) if all(size is None or size % n == 0 for size in shared)]
-    said = illegal(LayoutSection(tensor=tensor), model, length)
+    said = illegal(section(tensor), model, length)
     if said is None:
         return
     named = [int(n) for n in re.findall(r"\d+", said.partition("may be ")[2])]
