@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.cost import Flops, Memory, count_parameters, flops, held_parameters
+from model.cost import Flops, Memory, count_parameters, flops, held_parameters, planned
 from pretrain.config import Recipe
 from pretrain.errors import Refusal
 from pretrain.gpus import GPUS, Gpu
@@ -25,6 +25,7 @@ from pretrain.scaling import Estimate, efficiency, estimate
 from pretrain.shares import shares, stage_memory
 
 ITERATIONS = (0, 1, 2, 4, 8)
+LOOPS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,10 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: Gpu = GPUS["h100"]) 
     architecture, length = recipe.architecture, recipe.data.sequence_length
     assert length is not None
     assert recipe.model.vocabulary_size is not None
-    expected = recipe.solver.expected_iterations if recipe.model.kind == "attractor" else None
+    expected = _expected(recipe)
     tokens_per_step, steps = recipe.train.global_batch * length, recipe.steps(length)
-    counts = sorted({*map(float, ITERATIONS), expected}) if expected is not None else [None]
-    rows = [_row(recipe, length, count) for count in counts]
+    counts = sorted({*map(float, LOOPS if recipe.model.loops else ITERATIONS), expected}) if expected is not None else [None]
+    rows = [_row(recipe, length, count, count == expected) for count in counts]
     training = next(row.training for row in rows if row.iterations == expected)
     stages = _stages(recipe, layout)
     return Plan(
@@ -165,9 +166,24 @@ def make_recommendation(recipe: Recipe, gpus: int, gpu: Gpu) -> list[dict[str, A
     ]
 
 
-def _row(recipe: Recipe, length: int, iterations: float | None) -> FlopsRow:
-    count = 0.0 if iterations is None else iterations
-    step = flops(recipe.architecture, length, count, recompute=recipe.train.recompute)
+def _expected(recipe: Recipe) -> float | None:
+    """Iterations of the solver, or of the loop on average, that the plan counts on; None where nothing iterates."""
+    if recipe.model.solves:
+        return recipe.solver.expected_iterations
+    work = planned(recipe.architecture)
+    return work.evaluations + work.applications if recipe.model.loops else None
+
+
+def _row(recipe: Recipe, length: int, iterations: float | None, expected: bool) -> FlopsRow:
+    count, work = 0.0 if iterations is None else iterations, planned(recipe.architecture, None if expected else iterations)
+    step = flops(
+        recipe.architecture,
+        length,
+        work.evaluations,
+        products=work.products,
+        applications=work.applications,
+        recompute=recipe.train.recompute,
+    )
     forward = step.head_forward + step.backbone_forward + step.solve + step.application
     inference: Flops = flops(recipe.architecture, length, count, training=False)
     return FlopsRow(iterations, inference.hardware, forward, step.model - forward, step.model, step.hardware, asdict(step))
@@ -176,7 +192,7 @@ def _row(recipe: Recipe, length: int, iterations: float | None) -> FlopsRow:
 def _stages(recipe: Recipe, layout: Layout) -> list[StageRow]:
     rows = []
     for number, (stage, share) in enumerate(shares(recipe, layout)):
-        ends = ["attractor"] * (recipe.model.kind == "attractor") + ["norm", "head"]
+        ends = ["attractor"] * recipe.model.solves + ["loop", "coda"] * recipe.model.loops + ["norm", "head"]
         ranks = [layout.rank(number, 0, 0), layout.rank(number, layout.data - 1, layout.tensor - 1)]
         rows.append(
             StageRow(

@@ -26,15 +26,17 @@ from model.rotary import rotary_tables, rotate
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass shares: rotary tables [s, head_dim / 2] and the mask, None when plainly causal."""
+    """What every block of one forward pass shares: rotary tables [s, head_dim / 2], the mask, None when plainly causal, and the tokens
+    [b, s], for value embeddings and for what is drawn from them (model/noise.py)."""
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
+    tokens: Tensor
 
-    def rows(self, index: Tensor) -> Context:
+    def rows(self, index: Tensor | slice) -> Context:
         """The context of some sequences of the batch."""
-        return self if self.mask is None else self._replace(mask=self.mask[index])
+        return self._replace(mask=None if self.mask is None else self.mask[index], tokens=self.tokens[index])
 
 
 def make_context(config: BackboneConfig, tokens: Tensor, documents: Tensor | None) -> Context:
@@ -42,10 +44,10 @@ def make_context(config: BackboneConfig, tokens: Tensor, documents: Tensor | Non
     length = tokens.shape[1]
     cos, sin = rotary_tables(length, config.head_dim, config.rope_base, tokens.device)
     if documents is None:
-        return Context(cos, sin, None)
+        return Context(cos, sin, None, tokens)
     same = documents[:, :, None] == documents[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-    return Context(cos, sin, (same & causal)[:, None])
+    return Context(cos, sin, (same & causal)[:, None], tokens)
 
 
 class ValueGate(nn.Module):

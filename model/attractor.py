@@ -23,26 +23,34 @@ from model.config import AttractorConfig, BackboneConfig
 from model.layers import Layers
 
 
-class Attractor(nn.Module):
+class Increment(nn.Module):
+    """D: gated blocks, and the sum of what they add."""
+
     def __init__(self, backbone: BackboneConfig, config: AttractorConfig, layers: Layers) -> None:
         super().__init__()
-        self.injection = config.injection
         self.blocks = nn.ModuleList(Block(backbone, layers, gates=config) for _ in range(config.layers))
-        self.merge = layers.replicated(2 * backbone.width, backbone.width) if config.injection == "concat" else None
 
-    def forward(self, y: Tensor, y0: Tensor, context: Context) -> Tensor:
-        if self.merge is not None:
-            merged = self.merge(torch.cat((y, y0), dim=-1).to(self.merge.get_parameter("weight").dtype))
-            return y0 + self._increment(merged.to(y.dtype), None, context)
-        if self.injection == "additive":
-            return y0 + self._increment(y + y0, None, context)
-        if self.injection == "cross_attention":
-            return y0 + self._increment(y, y0, context)
-        return y + (y0 - y0.detach()) + self._increment(y, None, context)
-
-    def _increment(self, h: Tensor, memory: Tensor | None, context: Context) -> Tensor:
+    def increment(self, h: Tensor, memory: Tensor | None, context: Context) -> Tensor:
+        """D(h); memory: what keys and values are read from, where that is not h."""
         first, *rest = self.blocks
         total = first(h, context, memory)
         for block in rest:
             total = total + block(h + total, context, memory)
         return total
+
+
+class Attractor(Increment):
+    def __init__(self, backbone: BackboneConfig, config: AttractorConfig, layers: Layers) -> None:
+        super().__init__(backbone, config, layers)
+        self.injection = config.injection
+        self.merge = layers.replicated(2 * backbone.width, backbone.width) if config.injection == "concat" else None
+
+    def forward(self, y: Tensor, y0: Tensor, context: Context) -> Tensor:
+        if self.merge is not None:
+            merged = self.merge(torch.cat((y, y0), dim=-1).to(self.merge.get_parameter("weight").dtype))
+            return y0 + self.increment(merged.to(y.dtype), None, context)
+        if self.injection == "additive":
+            return y0 + self.increment(y + y0, None, context)
+        if self.injection == "cross_attention":
+            return y0 + self.increment(y, y0, context)
+        return y + (y0 - y0.detach()) + self.increment(y, None, context)

@@ -1,9 +1,11 @@
-"""The causal pre-norm Transformer that proposes y0 = backbone(E(x)).
+"""A run of causal pre-norm Transformer blocks with their value embeddings: the whole backbone, or prelude, core and coda of a loop.
 
 With `recompute`, a block keeps only its input for backward and runs again there: one forward more, s*w a block of memory.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,26 +17,38 @@ from model.layers import Layers
 
 
 class Backbone(nn.Module):
-    def __init__(self, config: BackboneConfig, layers: Layers, recompute: bool = False) -> None:
+    """The blocks `which` of a model, numbered from 0 here."""
+
+    def __init__(self, config: BackboneConfig, layers: Layers, which: range, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
-        tables = [config.has_value_embedding(layer) for layer in range(config.backbone_layers)]
+        tables = [config.has_value_embedding(layer) for layer in which]
         self.blocks = nn.ModuleList(Block(config, layers, value_embedding=table) for table in tables)
         rows, width = config.vocabulary_size or 0, config.key_value_heads * config.head_dim
         self.value_embeddings = nn.ModuleDict(
             {str(layer): layers.value_embedding(rows, width) for layer, table in enumerate(tables) if table}
         )
 
-    def forward(self, x: Tensor, tokens: Tensor, context: Context) -> Tensor:
-        """x [b, s, w] the embedded tokens [b, s] -> the proposal [b, s, w]."""
+    def forward(self, x: Tensor, context: Context, values: Sequence[Tensor | None] | None = None) -> Tensor:
+        """x [b, s, w] after all the blocks. values: as `values` gives them, where they are to be looked up once for many calls."""
         for layer in range(len(self.blocks)):
-            x = self.layer(layer, x, tokens, context)
+            x = self._applied(layer, x, context, self._value(layer, context) if values is None else values[layer])
         return x
 
-    def layer(self, layer: int, x: Tensor, tokens: Tensor, context: Context) -> Tensor:
+    def layer(self, layer: int, x: Tensor, context: Context) -> Tensor:
         """x after one more block."""
-        block, table = self.blocks[layer], str(layer)
-        values = self.value_embeddings[table](tokens) if table in self.value_embeddings else None
+        return self._applied(layer, x, context, self._value(layer, context))
+
+    def values(self, context: Context) -> list[Tensor | None]:
+        """The value embeddings of the context's tokens, block by block."""
+        return [self._value(layer, context) for layer in range(len(self.blocks))]
+
+    def _value(self, layer: int, context: Context) -> Tensor | None:
+        table = str(layer)
+        return self.value_embeddings[table](context.tokens) if table in self.value_embeddings else None
+
+    def _applied(self, layer: int, x: Tensor, context: Context, value: Tensor | None) -> Tensor:
+        block = self.blocks[layer]
         if self.recompute and block.training:
-            return x + checkpoint(block, x, context, None, values, use_reentrant=False, preserve_rng_state=False)
-        return x + block(x, context, None, values)
+            return x + checkpoint(block, x, context, None, value, use_reentrant=False, preserve_rng_state=False)
+        return x + block(x, context, None, value)

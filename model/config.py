@@ -1,7 +1,7 @@
-"""What a model is, as data: four frozen records that name every choice, and nothing of torch.
+"""What a model is, as data: five frozen records that name every choice, and nothing of torch.
 
 Each record is one section of a recipe: `model` (the backbone), `attractor` (the map f), `solver` (how y* = f(y*, y0) is
-found), `gradient` (how dL/dtheta is taken at y*). They refuse impossible values when they are made, with a ValueError
+found), `gradient` (how dL/dtheta is taken at y*), `loop` (blocks that are applied again and again). They refuse impossible values when they are made, with a ValueError
 that names the field, the value and the remedy. Defaults are the published ones (arXiv 2605.12466 and its code) unless
 docs/design.md says why not.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["attractor", "transformer"]
+Kind = Literal["attractor", "transformer", "parcae", "looped", "deq"]
 Injection = Literal["additive", "concat", "init_only", "cross_attention"]
 
 
@@ -25,7 +25,8 @@ class BackboneConfig:
     """Section `model`: the causal pre-norm Transformer that proposes y0, and the tied embedding around it."""
 
     kind: Kind = "attractor"
-    """attractor: embedding, backbone, solve, tied unembedding. transformer: the same with nothing solved."""
+    """attractor: backbone, then y* = f(y*, y0). transformer: the backbone alone. parcae, looped: its blocks `loop.core` applied again and
+    again. deq: backbone, then the equilibrium of a hidden state that the backbone's output drives."""
     vocabulary_size: int | None = None
     """Rows of the embedding; None takes it from the prepared data (rounded up to a multiple of 64)."""
     width: int = 768
@@ -35,7 +36,7 @@ class BackboneConfig:
     kv_heads: int | None = None
     """Key and value heads (grouped-query attention); None means as many as `heads`."""
     backbone_layers: int = 6
-    """Transformer blocks before the attractor."""
+    """Transformer blocks before the attractor; of parcae and looped, all blocks: prelude, core and coda."""
     mlp: Literal["relu2", "swiglu"] = "relu2"
     """relu2: W2 relu(W1 x)^2. swiglu: W2 (silu(Wg x) * W1 x)."""
     mlp_width: int | None = None
@@ -70,7 +71,8 @@ class BackboneConfig:
             not self.value_embeddings or 0 < self.value_gate_channels <= self.width,
             f"model.value_embeddings needs model.value_gate_channels={self.value_gate_channels} to lie in 1 ... model.width={self.width}.",
         )
-        _require(self.backbone_layers >= 1, f"model.backbone_layers must be at least 1, not {self.backbone_layers}.")
+        least = 0 if self.kind == "deq" else 1  # a DEQ may solve for everything
+        _require(self.backbone_layers >= least, f"model.backbone_layers must be at least {least}, not {self.backbone_layers}.")
         _require(
             self.vocabulary_size is None or self.vocabulary_size > 1,
             f"model.vocabulary_size must be above 1 or left out, not {self.vocabulary_size}.",
@@ -83,6 +85,16 @@ class BackboneConfig:
     @property
     def key_value_heads(self) -> int:
         return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def solves(self) -> bool:
+        """Whether an equilibrium is found: the sections attractor, solver and gradient are read."""
+        return self.kind in ("attractor", "deq")
+
+    @property
+    def loops(self) -> bool:
+        """Whether blocks are applied again and again: the section loop is read."""
+        return self.kind in ("parcae", "looped")
 
     @property
     def hidden(self) -> int:
@@ -120,6 +132,8 @@ class AttractorConfig:
 class SolverConfig:
     """Section `solver`: how the fixed point is found. An iteration is one evaluation of f."""
 
+    start: Literal["proposal", "zero", "noise"] | None = None
+    """Where the solve begins; noise as model/noise.py draws it. None: the proposal, of a deq zero."""
     method: Literal["picard", "anderson"] = "anderson"
     mixing: Literal["token", "sequence"] = "token"
     """Anderson coefficients per token (causal) or per sequence (the published code's; leaks later tokens into earlier ones)."""
@@ -202,10 +216,50 @@ class GradientConfig:
 
 
 @dataclass(frozen=True)
+class LoopConfig:
+    """Section `loop`: the blocks that `parcae` and `looped` apply again and again, and how often."""
+
+    core: int = 2
+    """Blocks in the loop."""
+    coda: int = 2
+    """Blocks after it; what model.backbone_layers leaves comes before it (the prelude)."""
+    iterations: int = 8
+    """parcae: mean of the Poisson count of a sequence in training, and the count of evaluation. looped: the count."""
+    backprop: int | None = 4
+    """parcae: last iterations that gradients pass through; None: all. looped always passes through all."""
+
+    def __post_init__(self) -> None:
+        _require(self.core >= 1, f"loop.core must be at least 1, not {self.core}.")
+        _require(self.coda >= 0, f"loop.coda must not be negative, not {self.coda}.")
+        _require(self.iterations >= 1, f"loop.iterations must be at least 1, not {self.iterations}.")
+        _require(self.backprop is None or self.backprop >= 1, f"loop.backprop must be at least 1 or left out, not {self.backprop}.")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The four sections together: all that `model.build` needs."""
+    """The five sections together: all that `model.build` needs."""
 
     model: BackboneConfig = field(default_factory=BackboneConfig)
     attractor: AttractorConfig = field(default_factory=AttractorConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        looped = self.loop.core + self.loop.coda
+        _require(
+            not self.model.loops or looped <= self.model.backbone_layers,
+            f"model.backbone_layers={self.model.backbone_layers} counts all blocks of a {self.model.kind}, and loop.core={self.loop.core} "
+            f"with loop.coda={self.loop.coda} makes {looped}: raise the former, or lower one of the latter.",
+        )
+
+    @property
+    def prelude(self) -> int:
+        """Blocks before anything is solved or looped: the whole backbone, but of parcae and looped."""
+        m = self.model
+        return m.backbone_layers - (self.loop.core + self.loop.coda if m.loops else 0)
+
+    @property
+    def start(self) -> str:
+        """Where a solve begins: proposal, zero or noise."""
+        return self.solver.start or ("zero" if self.model.kind == "deq" else "proposal")

@@ -7,6 +7,8 @@ Conventions, so that the figures can be checked (tests hold them to torch's Flop
   times in the hardware's, because fused kernels compute the scores again.
 - Backward of a matrix product is two: one for its input, one for its weight. A vector-Jacobian product of the solve's map
   (implicit backward) needs only the first.
+- f is the map of a solve (attractor, deq), or the looped blocks (parcae, looped): evaluated so many times a sequence without gradients,
+  and applied so many times with them. What a loop computes once (B e, C h, its coda) counts as backbone.
 - Model FLOPs: what the method requires (evaluations of f included, since they are its depth). Hardware FLOPs: what ran,
   so with the score and block recomputation added. MFU divides the former by the peak.
 
@@ -15,6 +17,7 @@ Units: FLOPs a token, of all tensor ranks together, unless a name says otherwise
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from model.config import BackboneConfig, ModelConfig
@@ -65,49 +68,110 @@ def _matrices(config: BackboneConfig) -> int:
     return attention + (3 if config.mlp == "swiglu" else 2) * config.width * config.hidden
 
 
-def _value_gate(config: BackboneConfig) -> int:
-    return config.value_gate_channels * config.key_value_heads
+def _gates(config: BackboneConfig, blocks: range) -> int:
+    """Value gates of some blocks, in parameters."""
+    return sum(config.has_value_embedding(layer) for layer in blocks) * config.value_gate_channels * config.key_value_heads
 
 
-def _value_tables(config: BackboneConfig) -> int:
-    return sum(config.has_value_embedding(layer) for layer in range(config.backbone_layers))
+def _ends(config: ModelConfig) -> int:
+    """Parameters of a loop's matrices B and C."""
+    return 2 * config.model.width**2 if config.model.kind == "parcae" else 0
+
+
+def _core(config: ModelConfig) -> range:
+    """The looped blocks, by their number in the model; none where nothing loops."""
+    return range(config.prelude, config.prelude + config.loop.core) if config.model.loops else range(0)
 
 
 def _constant(config: ModelConfig) -> int:
     """Parameters of the map's matrices that see y0 alone: a vector-Jacobian product with respect to y passes them by."""
     m = config.model
     keys_and_values = 2 * m.width * m.head_dim * m.key_value_heads
-    return config.attractor.layers * keys_and_values if config.attractor.injection == "cross_attention" else 0
+    return config.attractor.layers * keys_and_values if _injection(config) == "cross_attention" else 0
+
+
+def _injection(config: ModelConfig) -> str:
+    return config.attractor.injection if config.model.kind == "attractor" else "additive"
 
 
 def _merge(config: ModelConfig) -> int:
-    return 2 * config.model.width**2 if config.attractor.injection == "concat" else 0
+    return 2 * config.model.width**2 if _injection(config) == "concat" else 0
+
+
+def _solved_vectors(config: ModelConfig) -> int:
+    """Parameters of the vectors of a solved map: two norms and two gates a block, and a deq's norms of input and state."""
+    return (config.attractor.layers * 4 + (2 if config.model.kind == "deq" else 0)) * config.model.width
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
-    """Parameters by kind; model.vocabulary_size must be set."""
+    """Parameters by kind; model.vocabulary_size must be set. Those of a loop count as backbone, those of a deq's map as attractor."""
     m = config.model
     if m.vocabulary_size is None:
         raise ValueError("model.vocabulary_size must be set to count parameters.")
     table = m.vocabulary_size * m.width
-    value_table = m.vocabulary_size * m.key_value_heads * m.head_dim
-    tables = _value_tables(m)
-    backbone_matrices = m.backbone_layers * _matrices(m) + tables * _value_gate(m)
+    blocks = range(m.backbone_layers)
+    value_tables = sum(map(m.has_value_embedding, blocks)) * m.vocabulary_size * m.key_value_heads * m.head_dim
+    backbone_matrices = len(blocks) * _matrices(m) + _gates(m, blocks) + _ends(config)
     attractor_matrices = attractor = 0
-    if m.kind == "attractor":
+    if m.solves:
         attractor_matrices = config.attractor.layers * _matrices(m) + _merge(config)
-        attractor = attractor_matrices + config.attractor.layers * 4 * m.width  # two norms and two gates a block
-    backbone = backbone_matrices + m.backbone_layers * 2 * m.width + m.width  # the final norm too
+        attractor = attractor_matrices + _solved_vectors(config)
+    vectors = (2 * len(blocks) + 1 + (3 if m.kind == "parcae" else 0)) * m.width  # the final norm; a prelude norm, A and dt
     head = 0 if m.tied_embeddings else table
     return Parameters(
-        total=table + tables * value_table + backbone + attractor + head,
+        total=table + value_tables + backbone_matrices + vectors + attractor + head,
         matmul=backbone_matrices + attractor_matrices,
         embedding=table,
-        value_embedding=tables * value_table,
-        backbone=backbone,
+        value_embedding=value_tables,
+        backbone=backbone_matrices + vectors,
         attractor=attractor,
         head=head,
     )
+
+
+@dataclass(frozen=True)
+class Work:
+    """How often f runs, a sequence."""
+
+    evaluations: float
+    """Without gradients."""
+    applications: float
+    """With gradients."""
+    products: float
+    """Vector-Jacobian products in backward, beyond that of the applications."""
+
+
+def planned(config: ModelConfig, iterations: float | None = None) -> Work:
+    """What a training step is expected to do, or does with that many iterations of the solver or of the loop.
+
+    Of a Poisson loop the expectation is exact: of n = max(1, Poisson) iterations, min(n, backprop) have gradients.
+    """
+    m, loop = config.model, config.loop
+    if m.loops:
+        if m.kind == "looped" or loop.backprop is None or iterations is not None:
+            count = float(loop.iterations if iterations is None else iterations)
+            if m.kind == "parcae" and iterations is None:
+                count = _poisson_mean(loop.iterations, 10**6)
+            kept = count if m.kind == "looped" or loop.backprop is None else min(count, loop.backprop)
+            return Work(count - kept, kept, 0.0)
+        kept = _poisson_mean(loop.iterations, loop.backprop)
+        return Work(_poisson_mean(loop.iterations, 10**6) - kept, kept, 0.0)
+    if not m.solves:
+        return Work(0.0, 0.0, 0.0)
+    evaluations = config.solver.expected_iterations if iterations is None else iterations
+    applications = config.gradient.steps if config.gradient.mode == "phantom" else 1
+    return Work(float(evaluations), float(applications), implied_products(config))
+
+
+def _poisson_mean(mean: float, most: int) -> float:
+    """E[min(most, max(1, n))] for n ~ Poisson(mean): the sum of the chances of at least 1, 2, ... most."""
+    chance, below = math.exp(-mean), math.exp(-mean)  # of n = k; of n <= k
+    total = 1.0
+    for k in range(1, min(most, int(mean + 20 * math.sqrt(mean) + 20)) + 1):
+        total += max(0.0, 1 - below) if k > 1 else 0.0
+        chance *= mean / k
+        below += chance
+    return total
 
 
 def flops(
@@ -116,30 +180,39 @@ def flops(
     evaluations: float,
     *,
     products: float | None = None,
+    applications: float | None = None,
     training: bool = True,
     recompute: bool = False,
 ) -> Flops:
-    """FLOPs a token. evaluations: of f a sequence in the solve, as measured (0: decode the proposal).
+    """FLOPs a token. evaluations: of f a sequence without gradients, as measured (0: decode the proposal, where something is solved).
 
     products: vector-Jacobian products a sequence in backward; None takes what the mode implies (adjoint: solver.expected_iterations).
+    applications: of f with gradients, a sequence; None takes what `planned` expects.
     """
     m = config.model
     attention = 4.0 * sequence_length * m.heads * m.head_dim  # a block and token, forward
-    backbone = 2.0 * (m.backbone_layers * _matrices(m) + _value_tables(m) * _value_gate(m))
-    backbone_attention = m.backbone_layers * attention
+    core = _core(config)
+    once = [layer for layer in range(m.backbone_layers) if layer not in core]  # blocks that run once
+    gates = _gates(m, range(m.backbone_layers)) - _gates(m, core)
+    backbone = 2.0 * (len(once) * _matrices(m) + gates + _ends(config))
+    backbone_attention = len(once) * attention
     head = 2.0 * (m.vocabulary_size or 0) * m.width
-    solved = m.kind == "attractor"
-    f_matmul = 2.0 * (config.attractor.layers * _matrices(m) + _merge(config)) if solved else 0.0
-    f_attention = config.attractor.layers * attention if solved else 0.0
+    inside = config.attractor.layers if m.solves else len(core)  # blocks of f
+    f_matmul = 2.0 * (inside * _matrices(m) + _gates(m, core) + (_merge(config) if m.solves else 0))
+    f_attention = inside * attention
     f = f_matmul + f_attention
     if not training:
         return Flops(head, 0, backbone + backbone_attention, 0, evaluations * f, 0, 0, 0)
-    applications = (config.gradient.steps if config.gradient.mode == "phantom" else 1) if solved else 0
-    products = implied_products(config) if products is None else products
+    expected = planned(config)
+    applications = expected.applications if applications is None else applications
+    products = expected.products if products is None else products
     scores = 0.5 * (backbone_attention + (applications + products) * f_attention)
-    recomputable = config.gradient.mode in ("one_step", "phantom")
-    skipped = m.backbone_layers * 2.0 * m.hidden * m.width  # recomputation stops before a block's last product: nothing saved it
-    again = (backbone - skipped + backbone_attention + (applications * f if recomputable else 0)) if recompute else 0
+    recomputable = m.loops or config.gradient.mode in ("one_step", "phantom")
+    last = 2.0 * m.hidden * m.width  # recomputation stops before a block's last product: nothing saved it
+    skipped = len(once) * last
+    f_again = f - (inside * last if m.loops else 0)  # an attractor is recomputed as a whole, a loop block by block
+    ends = 2.0 * _ends(config)  # B and C are kept
+    again = (backbone - ends - skipped + backbone_attention + (applications * f_again if recomputable else 0)) if recompute else 0
     return Flops(
         head_forward=head,
         head_backward=2 * head,
@@ -154,21 +227,22 @@ def flops(
 
 def implied_products(config: ModelConfig) -> float:
     """Vector-Jacobian products a sequence to plan with."""
-    if config.model.kind != "attractor":
+    if not config.model.solves:
         return 0
     return {"neumann": float(config.gradient.steps), "adjoint": config.solver.expected_iterations}.get(config.gradient.mode, 0.0)
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank holds of a model: blocks first:stop of the backbone and which of its ends, cut over `tensor` ranks."""
+    """What one rank holds of a model: blocks first:stop of the backbone (of a loop: of its prelude) and which of its ends, cut over `tensor`
+    ranks."""
 
     first: int
     stop: int
     start: bool
     """The token embedding."""
     end: bool
-    """Attractor, final norm and unembedding: a second copy of a tied table, where `start` is elsewhere."""
+    """Attractor or loop and coda, final norm and unembedding: a second copy of a tied table, where `start` is elsewhere."""
     tensor: int = 1
     sequence_parallel: bool = False
     in_flight: int = 1
@@ -177,7 +251,7 @@ class Share:
 
 def whole(config: ModelConfig) -> Share:
     """One rank that holds everything."""
-    return Share(0, config.model.backbone_layers, start=True, end=True)
+    return Share(0, config.prelude, start=True, end=True)
 
 
 @dataclass(frozen=True)
@@ -195,18 +269,21 @@ class Held:
 
 
 def held_parameters(config: ModelConfig, share: Share) -> Held:
-    """Parameters of one rank, exactly. Tensor ranks divide every matrix but the merge of a concat injection, and repeat vectors."""
-    m, blocks = config.model, range(share.first, share.stop)
-    tables = sum(m.has_value_embedding(layer) for layer in blocks)
-    matrices = len(blocks) * _matrices(m)
-    divided = matrices + tables * (_value_gate(m) + (m.vocabulary_size or 0) * m.key_value_heads * m.head_dim)
-    replicated = len(blocks) * 2 * m.width
-    divided += (m.vocabulary_size or 0) * m.width * (share.start + (share.end and not (share.start and m.tied_embeddings)))
+    """Parameters of one rank, exactly. Tensor ranks divide every matrix but the merge of a concat injection and a loop's B and C, and
+    repeat vectors."""
+    m, held = config.model, list(range(share.first, share.stop))
+    if share.end and m.loops:
+        held += range(config.prelude, m.backbone_layers)
+    rows, tables = m.vocabulary_size or 0, sum(map(m.has_value_embedding, held))
+    matrices = len(held) * _matrices(m)
+    divided = matrices + tables * (m.value_gate_channels * m.key_value_heads + rows * m.key_value_heads * m.head_dim)
+    divided += rows * m.width * (share.start + (share.end and not (share.start and m.tied_embeddings)))
+    replicated = len(held) * 2 * m.width
     if share.end:
-        replicated += m.width
-    if share.end and m.kind == "attractor":
+        replicated += m.width + (_ends(config) + 3 * m.width if m.kind == "parcae" else 0)
+    if share.end and m.solves:
         divided += config.attractor.layers * _matrices(m)
-        replicated += config.attractor.layers * 4 * m.width + _merge(config)
+        replicated += _solved_vectors(config) + _merge(config)
     return Held(divided // share.tensor, replicated, matrices // share.tensor)
 
 
@@ -248,7 +325,7 @@ def memory(
     master = 4 if bytes_per_value == 2 or zero in (1, 2) else 0
     ranks = [1 if zero < stage else data_ranks for stage in (1, 2, 3)]
     tokens = micro_batch * sequence_length
-    solving = share.end and config.model.kind == "attractor"
+    solving = share.end and config.model.solves
     return Memory(
         weights=held.total * bytes_per_value / ranks[2],
         gradients=held.total * 4 / ranks[1],
@@ -273,7 +350,7 @@ def activation_bytes(config: ModelConfig, bytes_per_value: int, *, recompute: bo
     A block keeps, in units of the width: inputs and outputs of two norms (4), q and k before and after their norms, v, the
     attention's output as attended and as reshaped (2); the MLP keeps its hidden width twice (relu2: after relu, squared) or
     four times (swiglu). A gated block adds what its gates multiply (2). Under recomputation blocks keep their inputs, and one
-    block lives at a time. Iterations of the solver keep nothing.
+    block lives at a time. Iterations of the solver keep nothing, those of a loop with gradients everything.
 
     Tensor ranks divide what lies between matrices of a block. Where tokens are divided (sequence_parallel; always in the
     attractor) they also divide norm inputs and what gates multiply, but not norm outputs, which matrices read whole. A stage that
@@ -283,11 +360,16 @@ def activation_bytes(config: ModelConfig, bytes_per_value: int, *, recompute: bo
     stream = m.width / share.tensor if share.sequence_parallel else float(m.width)
     block, solved, end = block_values(m, share.tensor, share.sequence_parallel), 0.0, 0.0
     if share.end:
-        end = (m.width / share.tensor if m.kind == "attractor" else stream) + 2 * m.width  # the final norm's two ends, the head's gradient
+        end = (m.width / share.tensor if m.solves else stream) + 2 * m.width  # the final norm's two ends, the head's gradient
+    if share.end and m.solves:
         applications = config.gradient.steps if config.gradient.mode == "phantom" and not recompute else 1
-        solved = applications * config.attractor.layers * block_values(m, share.tensor, True, gated=True) if m.kind == "attractor" else 0.0
+        solved = applications * config.attractor.layers * block_values(m, share.tensor, True, gated=True)
     layers = share.stop - share.first
     kept = share.in_flight * (layers * (stream if recompute else block) + (0.0 if share.end else stream))
+    if share.end and m.loops:
+        applications = planned(config).applications
+        solved = (applications * config.loop.core + config.loop.coda) * (stream if recompute else block) + applications * stream
+        kept, solved = (kept + solved, block) if recompute else (kept, solved)
     living = max(block if layers else 0.0, solved) if recompute else solved
     return bytes_per_value * (kept + living + end)
 

@@ -3,6 +3,7 @@
     matrices, embeddings       truncated normal (3 sigma), std = sqrt(2 / (5 width))       published ('scaled-zero')
     backbone output matrices   0 (published), or std / sqrt(2 layers)
     attractor output matrices  std: were they zero, f would be the constant y0 and its gates would get no gradient
+    a loop's input matrix B    the identity (published)
     norm gains 1, channel gates at their configured start, value gates 0 (so that their factor is 1)
 
 A parameter's numbers come from a generator of its own, seeded by (seed, name), so they depend neither on the order of
@@ -21,6 +22,8 @@ from model.attention import Attention, ValueGate
 from model.config import BackboneConfig
 from model.language_model import LanguageModel
 from model.layers import MLP, ChannelGate, Layers, RMSNorm
+from model.looped import DiagonalInjection
+from model.refine import Refine
 
 
 def standard_deviation(config: BackboneConfig) -> float:
@@ -34,7 +37,7 @@ def materialise(module: nn.Module, device: torch.device) -> None:
     for parameter, own in zip(module.parameters(), marks, strict=True):
         vars(parameter).update(own)  # to_empty makes new parameters, without what layers said about them (how they are sharded)
     for part in module.modules():
-        if isinstance(part, (RMSNorm, ChannelGate)):
+        if isinstance(part, (RMSNorm, ChannelGate, DiagonalInjection)):
             part.reset()
 
 
@@ -45,11 +48,16 @@ def initialise(model: LanguageModel, seed: int) -> None:
     common = standard_deviation(config)
     stds = {id(parameter): common for parameter in model.parameters() if parameter.ndim >= 2}
     output = 0.0 if config.zero_output_init else common / math.sqrt(2 * config.backbone_layers)
-    for module in model.backbone.modules():
-        for matrix in _outputs(module):
+    inside = set(model.refine.modules()) if isinstance(model.refine, Refine) else set()
+    for module in model.modules():
+        for matrix in () if module in inside else _outputs(module):
             stds[id(matrix)] = output
         if isinstance(module, ValueGate):
             stds.update((id(parameter), 0.0) for parameter in module.parameters())
+        if isinstance(module, DiagonalInjection) and not module.decay_log.is_meta:
+            identity = module.input.get_parameter("weight")
+            nn.init.eye_(identity)
+            stds.pop(id(identity))
     for name, parameter in model.named_parameters():
         if id(parameter) in stds and not parameter.is_meta:
             _truncated_normal(parameter, stds[id(parameter)], _seed(seed, name), model.layers)

@@ -1,6 +1,9 @@
-"""Embedding -> backbone -> solve -> tied unembedding; with nothing to solve, the Transformer.
+"""Embedding -> backbone -> solve -> tied unembedding; with nothing to solve, the Transformer; with a loop, Parcae.
 
     y0 = backbone(E(x));   y* = f(y*, y0);   logits = norm(y*) E^T;   loss = next-token cross-entropy at y*
+
+What stands between y0 and the final norm is `refine`: Refine for an attractor and a deq, Loop for parcae and looped (whose backbone is
+their prelude), None for a Transformer.
 
 Shapes: tokens, targets, documents [b, s] int64; targets hold model.loss.IGNORE where nothing is to be predicted.
 Source: arXiv 2605.12466 and its public code; nanochat for value embeddings.
@@ -16,8 +19,9 @@ from torch import Tensor, nn
 from model.attention import Context, make_context
 from model.backbone import Backbone
 from model.config import ModelConfig
-from model.fixed_point import Solution, relative_residual
+from model.fixed_point import Solution
 from model.layers import Layers, PlainLayers, RMSNorm
+from model.looped import Loop
 from model.loss import IGNORE
 from model.refine import Depth, Refine, Refined
 
@@ -34,16 +38,18 @@ class LanguageModel(nn.Module):
             raise ValueError("model.vocabulary_size is not set: give it, or take it from the prepared data's manifest.")
         self.config, self.layers = config, layers
         self.embedding = layers.embedding(backbone.vocabulary_size, backbone.width)
-        self.backbone = Backbone(backbone, layers, recompute)
-        self.refine = Refine(config, layers, recompute) if backbone.kind == "attractor" else None
-        self.tail = layers if self.refine is None else layers.divided()
+        self.backbone = Backbone(backbone, layers, range(config.prelude), recompute)
+        self.refine: Refine | Loop | None = None
+        if backbone.solves or backbone.loops:
+            self.refine = (Refine if backbone.solves else Loop)(config, layers, recompute)
+        self.tail = layers.divided() if backbone.solves else layers
         self.norm = RMSNorm(backbone.width, backbone.norm_eps, self.tail)
         self.head = None if backbone.tied_embeddings else layers.column(backbone.width, backbone.vocabulary_size)
 
     def propose(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, Context]:
-        """The proposal y0 [b, s, w], and the context the attractor shares with the backbone."""
+        """The proposal y0 [b, s, w], and the context that what follows shares with the backbone."""
         context = make_context(self.config.model, tokens, documents)
-        return self.backbone(self.embedding(tokens), tokens, context), context
+        return self.backbone(self.embedding(tokens), context), context
 
     @property
     def unembedding(self) -> Tensor:
@@ -56,8 +62,8 @@ class LanguageModel(nn.Module):
         """(mean loss a predicted token, record). The record holds detached scalars: what the step found and what it cost.
 
         depths: evaluate instead of train, all from one proposal; the loss returned is the last depth's, and the record holds the
-        loss of every token, "nll/<depth>" [b, s], and of every sequence "iterations/", "converged/" and "proposal_distance/<depth>"
-        [b]. A Transformer has the one depth 0, whatever is asked.
+        loss of every token, "nll/<depth>" [b, s], and of every sequence "iterations/", "converged/" and (where something is solved)
+        "proposal_distance/<depth>" [b]. A Transformer has the one depth 0, whatever is asked; a loop's depths are its iterations.
         """
         proposal, context = self.propose(tokens, documents)
         return self.finish(proposal, context, targets, depths)
@@ -72,6 +78,7 @@ class LanguageModel(nn.Module):
         loss = self.predict(refined.output, targets)
         record = {} if refined.solution is None else solver_record(refined.solution)
         record["cross_entropy"] = loss.detach()
+        record["applications"] = torch.full((), refined.applications, device=loss.device)
         if refined.products is not None:
             record["products"] = refined.products
         return (loss if refined.penalty is None else loss + refined.penalty), record
@@ -90,36 +97,37 @@ class LanguageModel(nn.Module):
         record: Record = {}
         losses = proposal.new_zeros(())
         for depth in depths if self.refine is not None else (0,):
-            state, solution = self._state(proposal, context, depth)
-            losses = self.tail.cross_entropy_tokens(self._normed(state), self.unembedding, targets.flatten())
+            refined = self._state(proposal, context, depth)
+            losses = self.tail.cross_entropy_tokens(self._normed(refined.output), self.unembedding, targets.flatten())
             record[f"nll/{depth}"] = losses.view_as(targets)
-            if self.refine is not None and solution is not None:
-                start, tokens = self.refine.start(proposal), self.refine.tokens
-                record[f"proposal_distance/{depth}"] = relative_residual(state - start, start, "norm", tokens)
-                record[f"iterations/{depth}"], record[f"converged/{depth}"] = solution.iterations, solution.converged
+            if refined.solution is not None:
+                record[f"iterations/{depth}"], record[f"converged/{depth}"] = refined.solution.iterations, refined.solution.converged
+                if refined.distance is not None:
+                    record[f"proposal_distance/{depth}"] = refined.distance
         return losses.sum() / (targets != IGNORE).sum().clamp_min(1), record
 
-    def _state(self, proposal: Tensor, context: Context, depth: Depth) -> tuple[Tensor, Solution | None]:
-        if self.refine is None:
-            return proposal, None
-        refined: Refined = self.refine(proposal, context, depth)
-        return refined.output, refined.solution
+    def _state(self, proposal: Tensor, context: Context, depth: Depth) -> Refined:
+        return Refined(proposal, None) if self.refine is None else self.refine(proposal, context, depth)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, documents: Tensor | None = None, depth: Depth = "auto") -> Tensor:
         """Logits of every position [b, s, v] in fp32 (where the vocabulary is divided: this rank's)."""
         proposal, context = self.propose(tokens, documents)
-        state, _ = self._state(proposal, context, depth)
+        state = self._state(proposal, context, depth).output
         return (self.tail.enter(self.norm(state)) @ self.unembedding.T).float()
 
     def compile_maps(self, by_block: bool = False) -> None:
-        """torch.compile the backbone (whole, or each block by itself) and the map f in place; the solver's loop stays outside."""
-        if self.config.gradient.mode in ("neumann", "adjoint"):
+        """torch.compile in place the backbone (whole, or each block by itself), and the map f or the looped blocks and those after them;
+        the solver's loop stays outside."""
+        if self.config.model.solves and self.config.gradient.mode in ("neumann", "adjoint"):
             torch._functorch.config.donated_buffer = False  # their backward goes through the graph of f more than once
-        for part in self.backbone.blocks if by_block else (self.backbone,):
+        parts: list[nn.Module] = list(self.backbone.blocks) if by_block else [self.backbone]
+        if isinstance(self.refine, Refine):
+            parts.append(self.refine.attractor)
+        elif self.refine is not None:
+            parts += [self.refine.core, self.refine.coda]
+        for part in parts:
             part.compile()
-        if self.refine is not None:
-            self.refine.attractor.compile()
 
 
 def solver_record(solution: Solution) -> Record:

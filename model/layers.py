@@ -143,7 +143,11 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.shared(self.weight.to(x.dtype)), self.eps).to(self.weight.dtype)
+        return self.wide(x).to(self.weight.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """The same in x's own precision."""
+        return rms_norm(x, self.shared(self.weight.to(x.dtype)), self.eps)
 
 
 class ChannelGate(nn.Module):

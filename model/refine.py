@@ -3,12 +3,15 @@
 `Refine` is the one module that contains the loop. An engine that gathers parameters on demand (ZeRO-3) treats it as a leaf:
 its parameters are gathered once a solve, and ranks may take different numbers of iterations.
 
+f is the attractor's map, or that of a deep equilibrium model (model/equilibrium.py); the solve begins at the proposal, at zero or at noise.
+
 Under tensor parallelism the state, its residuals and Anderson's history are this rank's tokens, whatever the backbone does: f gathers
 them on the way into its matrices and scatters its sums on the way out, which together carry the bytes of the all-reduce they replace.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,21 +21,29 @@ from torch import Tensor, nn
 from model.attention import Context
 from model.attractor import Attractor
 from model.config import ModelConfig, SolverConfig
-from model.fixed_point import Map, Solution, solve, solve_strict
+from model.equilibrium import Equilibrium
+from model.fixed_point import Map, Solution, relative_residual, solve, solve_strict
 from model.implicit import attach
 from model.layers import Layers
+from model.noise import normal, sequence_seeds
 
 Depth = int | str
 """How far to solve: a number of evaluations, "auto" (as configured) or "strict" (as generation with a cache would)."""
 
 
 class Refined(NamedTuple):
+    """What lies between the proposal and the final norm: of Refine here, and of Loop in model/looped.py."""
+
     output: Tensor
-    """[b, s, w] (this rank's tokens), at least fp32: the equilibrium, differentiable when gradients are on."""
+    """[b, s, w] (this rank's tokens), differentiable when gradients are on. Of Refine: the equilibrium, at least fp32."""
     solution: Solution | None
-    penalty: Tensor | None
-    products: Tensor | None
+    penalty: Tensor | None = None
+    products: Tensor | None = None
     """See model.implicit.Attached; None without gradients."""
+    applications: float = 0.0
+    """Applications of the map with gradients, a sequence."""
+    distance: Tensor | None = None
+    """||output - y0|| / ||y0|| [b], with gradients off, where there is a proposal to be near to."""
 
 
 class Refine(nn.Module):
@@ -40,7 +51,8 @@ class Refine(nn.Module):
         super().__init__()
         self.divide, divided = layers.divide, layers.divided()
         self.tokens = divided.tokens
-        self.attractor = Attractor(config.model, config.attractor, divided)
+        self.attractor = (Equilibrium if config.model.kind == "deq" else Attractor)(config.model, config.attractor, divided)
+        self.begin, self.std = config.start, math.sqrt(2 / (5 * config.model.width))
         self.solver, self.gradient, self.recompute = config.solver, config.gradient, recompute
 
     def forward(self, proposal: Tensor, context: Context, depth: Depth = "auto") -> Refined:
@@ -52,10 +64,11 @@ class Refine(nn.Module):
         y0 = self.start(proposal)
         if not torch.is_grad_enabled():
             state, solution = self._at_depth(y0, context, depth)
-            return Refined(state, solution, None, None)
+            return Refined(state, solution, distance=relative_residual(state - y0, y0, "norm", self.tokens))
         solution = self._solve(y0.detach(), context, self.solver)
         attached = attach(lambda y: self.attractor(y, y0, context), solution.state, self.gradient, self.solver, self.recompute, self.tokens)
-        return Refined(attached.output, solution, attached.penalty, attached.products)
+        applications = self.gradient.steps if self.gradient.mode == "phantom" else 1
+        return Refined(attached.output, solution, attached.penalty, attached.products, applications)
 
     def start(self, proposal: Tensor) -> Tensor:
         """y0: this rank's tokens of the proposal, in the solver's precision."""
@@ -65,7 +78,7 @@ class Refine(nn.Module):
         if depth == 0:
             return y0, None
         if depth == "strict":
-            solution = solve_strict(lambda y: self.attractor(y, y0, context), y0, self.solver, self.tokens)
+            solution = solve_strict(lambda y: self.attractor(y, y0, context), self._beginning(y0, context), self.solver, self.tokens)
         elif depth == "auto":
             solution = self._solve(y0, context, self.solver)
         else:
@@ -77,4 +90,13 @@ class Refine(nn.Module):
             part, its_context = y0[rows], context.rows(rows)
             return lambda y: self.attractor(y, part, its_context)
 
-        return solve(lambda y: self.attractor(y, y0, context), y0, solver, restrict, self.tokens)
+        return solve(lambda y: self.attractor(y, y0, context), self._beginning(y0, context), solver, restrict, self.tokens)
+
+    def _beginning(self, y0: Tensor, context: Context) -> Tensor:
+        """The first state: the proposal, zero, or noise of the embedding's first std."""
+        if self.begin == "proposal":
+            return y0
+        if self.begin == "zero":
+            return torch.zeros_like(y0)
+        whole = normal(sequence_seeds(context.tokens), context.tokens.shape[1], y0.shape[2], self.std, y0)
+        return self.tokens.own(whole)

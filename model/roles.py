@@ -10,8 +10,11 @@ from enum import StrEnum
 from torch import nn
 
 from model.attention import ValueGate
+from model.backbone import Backbone
 from model.language_model import LanguageModel
 from model.layers import ChannelGate, RMSNorm
+from model.looped import DiagonalInjection, Loop
+from model.refine import Refine
 
 
 class Role(StrEnum):
@@ -22,6 +25,8 @@ class Role(StrEnum):
     BACKBONE_MATRIX = "backbone_matrix"
     BACKBONE_VECTOR = "backbone_vector"
     """Norms and gates: of the backbone, and the final norm."""
+    LOOP_MATRIX = "loop_matrix"
+    """Into the state of a loop, and out of it."""
     ATTRACTOR_MATRIX = "attractor_matrix"
     ATTRACTOR_VECTOR = "attractor_vector"
 
@@ -35,13 +40,20 @@ def parameter_roles(model: LanguageModel) -> dict[str, Role]:
             owners[id(parameter)] = role  # narrower claims come later and win
 
     claim(model, Role.BACKBONE_MATRIX)
-    if model.refine is not None:
+    inside: set[nn.Module] = set()
+    if isinstance(model.refine, Refine):
         claim(model.refine, Role.ATTRACTOR_MATRIX)
-    inside = set() if model.refine is None else set(model.refine.modules())
+        inside = set(model.refine.modules())
+    if isinstance(model.refine, Loop) and model.refine.readout is not None:
+        claim(model.refine.readout, Role.LOOP_MATRIX)
     for module in model.modules():
+        if isinstance(module, DiagonalInjection):
+            claim(module, Role.BACKBONE_VECTOR)
+            claim(module.input, Role.LOOP_MATRIX)
         if isinstance(module, (RMSNorm, ChannelGate, ValueGate)):
             claim(module, Role.ATTRACTOR_VECTOR if module in inside else Role.BACKBONE_VECTOR)
-    claim(model.backbone.value_embeddings, Role.VALUE_EMBEDDING)
+        if isinstance(module, Backbone):
+            claim(module.value_embeddings, Role.VALUE_EMBEDDING)
     claim(model.embedding, Role.EMBEDDING)
     if model.head is not None:
         claim(model.head, Role.HEAD)

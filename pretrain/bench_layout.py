@@ -125,7 +125,7 @@ def layouts_of(recipe: Recipe, ranks: int) -> list[Layout]:
             continue
         try:
             layout = layout_on(section, ranks)
-            refuse_illegal(section, recipe.model, recipe.data.sequence_length)
+            refuse_illegal(section, recipe.architecture, recipe.data.sequence_length)
             recipe.check_world(layout.data)
         except (Refusal, ValueError):
             continue

@@ -1,4 +1,4 @@
-"""Recipes: everything a run depends on, as thirteen sections of strictly typed keys. Starts without torch.
+"""Recipes: everything a run depends on, as fourteen sections of strictly typed keys. Starts without torch.
 
 A recipe is YAML under launchers/recipes (or any file), changed by `section.key=value` overrides:
 
@@ -6,15 +6,14 @@ A recipe is YAML under launchers/recipes (or any file), changed by `section.key=
 
 Refused, each with the key, where it was written and the remedy: keys that do not exist (the nearest name is offered),
 values of another type, numbers out of range, and combinations that no run could honour. Checks that need files or
-ranks come later: `Recipe.sources`, `Recipe.check_world`. The sections `model`, `attractor`, `solver` and `gradient`
-are the records of model/config.py, defaults included.
+ranks come later: `Recipe.sources`, `Recipe.check_world`. The sections `model`, `attractor`, `solver`, `gradient`
+and `loop` are the records of model/config.py, defaults included.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
-from model.config import AttractorConfig, BackboneConfig, GradientConfig, ModelConfig, SolverConfig
+from model.config import AttractorConfig, BackboneConfig, GradientConfig, LoopConfig, ModelConfig, SolverConfig
 from pretrain.errors import Refusal
 from pretrain.keys import KEYS, SECTIONS, fit, unknown, wanted
 from pretrain.layout import refuse_illegal
 from pretrain.overrides import parse_override, parse_yaml
+from pretrain.recipe_files import RECIPES, layers, mapping, recipe_file, recipe_names, sweep_names, sweep_of
 from pretrain.sections import (
     CheckpointSection,
     DataSection,
@@ -39,11 +39,9 @@ from pretrain.sections import (
     TelemetrySection,
     TrainSection,
 )
+from pretrain.sweeps import Settings
 
-__all__ = ["KEYS", "RECIPES", "Recipe", "load_recipe", "recipe_names"]
-
-RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
-"""Named recipes: data beside the code, read as files (this room imports nothing of launchers)."""
+__all__ = ["KEYS", "RECIPES", "Recipe", "load_recipe", "recipe_names", "stated", "sweep_names", "sweep_of"]
 
 
 class Recipe(Section):
@@ -55,6 +53,7 @@ class Recipe(Section):
     attractor: AttractorConfig = AttractorConfig()
     solver: SolverConfig = SolverConfig()
     gradient: GradientConfig = GradientConfig()
+    loop: LoopConfig = LoopConfig()
     train: TrainSection
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -65,8 +64,8 @@ class Recipe(Section):
 
     @property
     def architecture(self) -> ModelConfig:
-        """The four sections `model.build` takes."""
-        return ModelConfig(self.model, self.attractor, self.solver, self.gradient)
+        """The five sections `model.build` takes."""
+        return ModelConfig(self.model, self.attractor, self.solver, self.gradient, self.loop)
 
     @property
     def sources(self) -> list[tuple[str, float]]:
@@ -96,7 +95,7 @@ class Recipe(Section):
         length = self.data.sequence_length or sequence_length
         data = self.data.model_copy(update={"sequence_length": length})
         try:
-            refuse_illegal(self.layout, model, length)  # what was open when the recipe was read is known now
+            refuse_illegal(self.layout, replace(self.architecture, model=model), length)  # what was open when the recipe was read is known now
         except ValueError as error:
             raise Refusal(f"{error} (With the data prepared at {path}.)") from error
         complete = self.model_copy(update={"model": model, "data": data})
@@ -142,12 +141,12 @@ class Recipe(Section):
     def from_yaml(cls, text: str, source: str = "the stored recipe") -> Recipe:
         """Reads `to_yaml` back; `source` is what errors call it."""
         draft = _Draft()
-        draft.add(_mapping(parse_yaml(text, source), source), source)
+        draft.add(mapping(parse_yaml(text, source), source), source)
         return draft.recipe(source)
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
-        refuse_illegal(self.layout, self.model, self.data.sequence_length)
+        refuse_illegal(self.layout, self.architecture, self.data.sequence_length)
         if self.layout.tensor > 1 and self.gradient.jacobian_penalty:
             raise ValueError(
                 "gradient.jacobian_penalty cannot be combined with layout.tensor above 1: it is differentiated twice, and collectives "
@@ -174,14 +173,6 @@ class Recipe(Section):
         return self
 
 
-def _mapping(value: Any, source: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise Refusal(f"{source} must hold keys and values, not {value!r}.")
-    return value
-
-
 class _Draft:
     """Plain values by section and key, gathered layer by layer, with the place where each was written."""
 
@@ -194,7 +185,7 @@ class _Draft:
         for section, body in layer.items():
             if section not in SECTIONS:
                 raise unknown(str(section), origin)
-            for key, value in _mapping(body, f"The section {section!r} in {origin}").items():
+            for key, value in mapping(body, f"The section {section!r} in {origin}").items():
                 self.put(f"{section}.{key}", value, origin)
 
     def put(self, dotted: str, value: Any, origin: str) -> None:
@@ -236,56 +227,38 @@ class _Draft:
         return f"{dotted}={value if isinstance(value, str) else json.dumps(value)} (from {self.origins[dotted]}): {remedy}."
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the project."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def _recipe_file(name_or_path: str, folder: Path) -> Path:
-    """The file of a recipe: a shipped name, or a path (from `folder` when relative)."""
-    if "/" not in name_or_path and not name_or_path.endswith((".yaml", ".yml")):
-        file = RECIPES / f"{name_or_path}.yaml"
-        if file.is_file():
-            return file
-        close = difflib.get_close_matches(name_or_path, recipe_names(), n=1, cutoff=0.5)
-        hint = f"Did you mean `{close[0]}`?" if close else f"Recipes: {', '.join(recipe_names())}."
-        raise Refusal(f"There is no recipe named `{name_or_path}`. {hint} Give a file of your own by its path: ./{name_or_path}.yaml.")
-    file = folder / name_or_path
-    if not file.is_file():
-        raise Refusal(f"There is no recipe file {file}: give the path of a YAML file, or one of the names {', '.join(recipe_names())}.")
-    return file
-
-
-def _layers(name_or_path: str, folder: Path, below: Sequence[Path] = ()) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(origin, sections) of a recipe, its bases first."""
-    file = _recipe_file(name_or_path, folder)
-    origin = f"the recipe {file.stem!r}" if file.parent == RECIPES else str(file)
-    if file.resolve() in below:
-        circle = " -> ".join(path.stem for path in (*below, file))
-        raise Refusal(f"{origin} is its own base: {circle}. One of these must name another base.")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"The recipe {file} cannot be read: {error}. It must be UTF-8 text that this user may read.") from error
-    body = dict(_mapping(parse_yaml(text, origin), origin))
-    base = body.pop("base", None)
-    if base is not None:
-        yield from _layers(str(base), file.parent, (*below, file.resolve()))
-    yield origin, body
+def stated(overrides: Sequence[str]) -> set[str]:
+    """The dotted keys that overrides set, those of a whole section at once too. Raises Refusal for what is no override."""
+    draft = _Draft()
+    for text in overrides:
+        draft.put(*parse_override(text), f"the override `{text}`")
+    return set(draft.origins)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of that name or file, with `section.key=value` overrides on top.
 
     Raises Refusal for an unknown recipe, an unknown or misspelt key, a value of another type or range, a combination
-    that no run could honour.
+    that no run could honour, and a sweep of which the overrides leave a key open.
     """
     draft = _Draft()
-    name = _recipe_file(name_or_path, Path.cwd()).name.removesuffix(".yml").removesuffix(".yaml")
+    name = recipe_file(name_or_path, Path.cwd()).name.removesuffix(".yml").removesuffix(".yaml")
     draft.put("run.name", name, "the recipe's name")
-    for origin, layer in _layers(name_or_path, Path.cwd()):
+    for origin, layer in layers(name_or_path, Path.cwd()):
         draft.add(layer, origin)
     for text in overrides:
         dotted, value = parse_override(text)
         draft.put(dotted, value, f"the override `{text}`")
+    if members := sweep_of(name_or_path):
+        _refuse_open(name_or_path, members, stated(overrides))
     return draft.recipe(f"the recipe {name!r}" + (f" with {' '.join(overrides)}" if overrides else ""))
+
+
+def _refuse_open(name: str, members: list[Settings], given: set[str]) -> None:
+    """Raises Refusal for a sweep that the keys given do not make one run of."""
+    missing = [key for key in members[0] if key not in given]
+    if missing:
+        raise Refusal(
+            f"The recipe {name} is a sweep of {len(members)} runs that differ in {', '.join(members[0])}: `attractor sweep {name}` runs "
+            f"them all. For one of them, say which: {' '.join(f'{key}={json.dumps(members[0][key])}' for key in missing)}."
+        )

@@ -3,7 +3,7 @@
     fp32   weights, gradients and moments in fp32
     bf16   weights and products in bf16; gradients are accumulated and reduced, masters and moments kept, in fp32 by DeepSpeed
 
-Under ZeRO 3 the module that holds the solver's loop is a leaf: gathered once a solve, whatever the iterations on each rank.
+Under ZeRO 3 the module that holds the solver's loop, or the looped blocks, is a leaf: gathered once, whatever the iterations on each rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from deepspeed.utils import groups, set_z3_leaf_modules
 
 from model.language_model import LanguageModel, build
 from model.layers import Layers, PlainLayers
-from model.refine import Refine
 from model.roles import parameter_roles
 from pretrain import zero
 from pretrain.config import Recipe
@@ -60,7 +59,7 @@ def stages_of(recipe: Recipe, mesh: Mesh) -> list[Stage]:
 def build_engine(recipe: Recipe, model: LanguageModel, accumulation: int, mesh: Mesh) -> Any:
     """A DeepSpeed engine around the model, with the client optimizer fitted to its layout; a pipeline's module is a Stages."""
     if recipe.layout.zero == 3 and model.refine is not None:
-        set_z3_leaf_modules(model, [Refine])
+        set_z3_leaf_modules(model, [type(model.refine)])
     fused = any(parameter.is_cuda for parameter in model.parameters())
     optimizer = build_optimizer(model, parameter_roles(model), recipe.optimizer, fused=fused)
     module: Any = model

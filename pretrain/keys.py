@@ -11,7 +11,7 @@ import difflib
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from model.config import AttractorConfig, BackboneConfig, GradientConfig, SolverConfig
+from model.config import AttractorConfig, BackboneConfig, GradientConfig, LoopConfig, SolverConfig
 from pretrain import sections
 from pretrain.errors import Refusal
 
@@ -22,6 +22,7 @@ SECTIONS: dict[str, type] = {
     "attractor": AttractorConfig,
     "solver": SolverConfig,
     "gradient": GradientConfig,
+    "loop": LoopConfig,
     "train": sections.TrainSection,
     "optimizer": sections.OptimizerSection,
     "schedule": sections.ScheduleSection,

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from model.config import BackboneConfig
+from model.config import BackboneConfig, ModelConfig
 from pretrain.errors import Refusal
 
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ def neighbours(value: int, legal: Iterable[int]) -> str:
     return " or ".join(str(n) for n in below + above)
 
 
-def refuse_illegal(section: LayoutSection, model: BackboneConfig, sequence_length: int | None) -> None:
+def refuse_illegal(section: LayoutSection, config: ModelConfig, sequence_length: int | None) -> None:
     """Raises ValueError, naming the remedy, for a layout this model cannot be cut into. Open sizes (None) are checked later."""
-    tensor, pipeline = section.tensor, section.pipeline
+    tensor, pipeline, model = section.tensor, section.pipeline, config.model
     if pipeline > 1 and section.zero >= 2:
         raise ValueError(
             f"layout.zero={section.zero} cannot be combined with layout.pipeline={pipeline}: a stage accumulates the gradients of all its "
@@ -103,7 +103,7 @@ def refuse_illegal(section: LayoutSection, model: BackboneConfig, sequence_lengt
             f"layout.zero=0 cannot be combined with layout.tensor={tensor}, layout.pipeline={pipeline}: DeepSpeed then measures a wrong "
             "gradient norm across the ranks of a model. Use layout.zero=1, which costs nothing on one data rank."
         )
-    divides_tokens = model.kind == "attractor" or section.sequence_parallel
+    divides_tokens = model.solves or section.sequence_parallel
     cut = _cut_by_tensor(model, sequence_length if divides_tokens else None)
     for what, size in cut.items():
         if size is not None and size % tensor:
@@ -116,18 +116,25 @@ def refuse_illegal(section: LayoutSection, model: BackboneConfig, sequence_lengt
         raise ValueError(
             "layout.sequence_parallel=true divides tokens over tensor ranks, and layout.tensor=1 has one: leave it out, or raise tensor."
         )
-    most = most_stages(model)
+    most = most_stages(config)
     if pipeline > most:
         raise ValueError(
-            f"layout.pipeline={pipeline} leaves stages without blocks: model.backbone_layers={model.backbone_layers}"
-            f"{' and the attractor, whole on the last stage,' if model.kind == 'attractor' else ''} make at most {most} stages. "
+            f"layout.pipeline={pipeline} leaves stages without blocks: {_what_is_dealt_out(config)} make at most {most} stages. "
             f"Use layout.pipeline={most} or less."
         )
 
 
-def most_stages(model: BackboneConfig) -> int:
-    """Stages that can hold a block each; the attractor counts as one."""
-    return model.backbone_layers + (model.kind == "attractor")
+def _what_is_dealt_out(config: ModelConfig) -> str:
+    model = config.model
+    if model.loops:
+        return f"the {config.prelude} blocks before the loop, and loop and coda, whole on the last stage,"
+    solved = " and the attractor, whole on the last stage," if model.solves else ""
+    return f"model.backbone_layers={model.backbone_layers}{solved}"
+
+
+def most_stages(config: ModelConfig) -> int:
+    """Stages that can hold a block each; the attractor, or loop and coda, count as one."""
+    return config.prelude + (config.model.solves or config.model.loops)
 
 
 def _cut_by_tensor(model: BackboneConfig, sequence_length: int | None) -> dict[str, int | None]:

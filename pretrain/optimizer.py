@@ -4,6 +4,7 @@
 |---|---|---|---|
 | backbone matrices | `name`: muon or adamw | muon_lr or lr | muon_weight_decay (cautious, fading to 0) or weight_decay |
 | backbone vectors (norms, gates) | adamw | lr | 0 |
+| matrices into and out of a loop's state | adamw | lr | 0 |
 | attractor matrices | adamw | lr * attractor_lr_scale | attractor_weight_decay |
 | attractor vectors | adamw | lr * attractor_lr_scale | 0 |
 | embeddings, value embeddings, untied head | adamw | lr * embedding_lr_scale | 0 |
@@ -46,7 +47,7 @@ def _rule(role: Role, settings: OptimizerSection) -> tuple[str, float, float]:
             return MUON, settings.muon_lr, settings.muon_weight_decay
         case Role.BACKBONE_MATRIX:
             return ADAMW, settings.lr, settings.weight_decay
-        case Role.BACKBONE_VECTOR:
+        case Role.BACKBONE_VECTOR | Role.LOOP_MATRIX:
             return ADAMW, settings.lr, 0.0
         case Role.ATTRACTOR_MATRIX:
             return ADAMW, attractor_lr, settings.attractor_weight_decay

@@ -1,9 +1,9 @@
 """Which layers sit on which pipeline stage: contiguous runs whose most expensive stage is as cheap as can be. No torch.
 
-    layers    embedding | block 0 ... block n-1 | tail (attractor, final norm) | head (tied unembedding, loss)
+    layers    embedding | block 0 ... block n-1 | tail (attractor, or loop and coda; final norm) | head (tied unembedding, loss)
 
-The embedding goes with the first stage, tail and head with the last: the attractor is never cut, and the tied table lives on two
-stages only. So what is dealt out are the blocks. Costs are training FLOPs a token (model.cost), with the solver's expected
+The embedding goes with the first stage, tail and head with the last: neither the attractor nor a loop is ever cut, and the tied table
+lives on two stages only. So what is dealt out are the blocks that run once before them. Costs are training FLOPs a token (model.cost), with the solver's expected
 iterations in the tail's, which is what makes the last stage shorter than a Transformer's.
 """
 
@@ -15,12 +15,13 @@ from functools import cache
 from itertools import pairwise
 
 from model.config import ModelConfig
-from model.cost import flops
+from model.cost import flops, planned
+from pretrain.layout import most_stages
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks first:stop of the backbone, and training FLOPs a token with what else the stage holds."""
+    """Blocks first:stop of the backbone (of a loop: of its prelude), and training FLOPs a token with what else the stage holds."""
 
     first: int
     stop: int
@@ -30,8 +31,8 @@ class Stage:
 def partition(config: ModelConfig, sequence_length: int, stages: int, *, recompute: bool = False) -> list[Stage]:
     """The stages of a model, in order. With fewer layers than stages, recipes were refused before (pretrain.layout)."""
     block, tail = layer_flops(config, sequence_length, recompute=recompute)
-    smallest_last = 0 if config.model.kind == "attractor" and stages > 1 else 1
-    counts = balance([round(block)] * config.model.backbone_layers, round(tail), stages, smallest_last)  # whole: ties stay ties
+    smallest_last = 0 if most_stages(config) > config.prelude else 1
+    counts = balance([round(block)] * config.prelude, round(tail), stages, smallest_last)  # whole: ties stay ties
     bounds = [sum(counts[:stage]) for stage in range(stages + 1)]
     return [
         Stage(first, stop, block * (stop - first) + (tail if stage == stages - 1 else 0.0))
@@ -41,12 +42,11 @@ def partition(config: ModelConfig, sequence_length: int, stages: int, *, recompu
 
 def layer_flops(config: ModelConfig, sequence_length: int, *, recompute: bool = False) -> tuple[float, float]:
     """(one backbone block, everything after the backbone): hardware FLOPs a token of a training step."""
-    whole = flops(config, sequence_length, config.solver.expected_iterations, recompute=recompute).hardware
-    backbone = replace(config, model=replace(config.model, kind="transformer"))
-    none = flops(backbone, sequence_length, 0, recompute=recompute)
-    head = none.head_forward + none.head_backward
-    blocks = none.hardware - head
-    return blocks / config.model.backbone_layers, whole - blocks
+    work = planned(config)
+    whole = flops(config, sequence_length, work.evaluations, products=work.products, recompute=recompute).hardware
+    one = flops(replace(config, model=replace(config.model, kind="transformer", backbone_layers=1)), sequence_length, 0, recompute=recompute)
+    block = one.hardware - one.head_forward - one.head_backward
+    return block, whole - block * config.prelude
 
 
 def balance(costs: Sequence[float], tail: float, stages: int, smallest_last: int) -> list[int]:

@@ -90,7 +90,7 @@ def _distinct(ordered: list[Candidate], first: Candidate, count: int) -> list[Ca
 def _layouts(recipe: Recipe, gpus: int, gpu: Gpu) -> Iterator[tuple[LayoutSection, Layout]]:
     """Legal layouts of the model on that many GPUs, tensor ranks inside a node."""
     for tensor in range(1, min(gpu.node, gpus) + 1):
-        for pipeline in range(1, most_stages(recipe.model) + 1):
+        for pipeline in range(1, most_stages(recipe.architecture) + 1):
             if gpus % (tensor * pipeline):
                 continue
             for zero in (1,) if pipeline > 1 or gpus == tensor else (1, 2, 3):
@@ -102,7 +102,7 @@ def _layouts(recipe: Recipe, gpus: int, gpu: Gpu) -> Iterator[tuple[LayoutSectio
 
 def _legal(section: LayoutSection, recipe: Recipe) -> bool:
     try:
-        refuse_illegal(section, recipe.model, recipe.data.sequence_length)
+        refuse_illegal(section, recipe.architecture, recipe.data.sequence_length)
     except ValueError:
         return False
     return section.tensor == 1 or not recipe.gradient.jacobian_penalty

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from model.cost import Share, block_values, flops, held_parameters, implied_products
+from model.cost import Share, block_values, flops, held_parameters, implied_products, planned
 from pretrain import gpus
 from pretrain.config import Recipe
 from pretrain.gpus import Gpu
@@ -112,7 +112,19 @@ class _Case:
         return 5 if self.recipe.attractor.injection == "cross_attention" else 4
 
     def solves(self, share: Share) -> bool:
-        return share.end and self.recipe.model.kind == "attractor"
+        return share.end and self.recipe.model.solves
+
+    def loops(self, share: Share) -> bool:
+        return share.end and self.recipe.model.loops
+
+    def blocks(self, share: Share) -> tuple[float, float]:
+        """Passes through ordinary blocks that a micro-batch makes on a stage, (forward, backward): its own, and those of a loop and coda."""
+        own, loop = share.stop - share.first, self.recipe.loop
+        if not self.loops(share):
+            return own, own
+        work = planned(self.recipe.architecture)
+        once = own + loop.coda
+        return once + loop.core * (work.evaluations + work.applications), once + loop.core * work.applications
 
 
 def pipeline_time(stages: Sequence[float], micro_batches: int) -> float:
@@ -147,10 +159,11 @@ def _device(case: _Case, stage: Stage, share: Share) -> float:
     train, m = case.recipe.train, case.recipe.model
     fused = 0.5 if train.compile else 1.0
     forward, backward = gpus.FORWARD_PASSES * fused * case.value_bytes, gpus.BACKWARD_PASSES * fused * case.value_bytes
-    blocks, again = share.stop - share.first, int(train.recompute)
-    moved = blocks * block_values(m, share.tensor, share.sequence_parallel) * (forward * (1 + again) + backward)
+    ahead, back = case.blocks(share)
+    again = back * train.recompute
+    moved = block_values(m, share.tensor, share.sequence_parallel) * (forward * (ahead + again) + backward * back)
     kernels = gpus.COMPILED_KERNELS if train.compile else gpus.KERNELS
-    launches = float(kernels * blocks * (3 + again) * (gpus.HOOKED if case.recipe.layout.zero == 3 else 1))
+    launches = float(kernels * (ahead + again + 2 * back) * (gpus.HOOKED if case.recipe.layout.zero == 3 else 1))
     if share.end:
         rows = (m.vocabulary_size or 0) / share.tensor
         accumulated = 18 * m.width * rows / (gpus.LOGITS_AT_ONCE / rows)  # the table's gradient, added up in fp32 once a chunk
@@ -190,12 +203,13 @@ def _halves(case: _Case, count: float, calls: float) -> _Traffic:
     return _Traffic(sent, sent / _link(case.gpu, case.layout, ("tensor",)) + calls * case.gpu.latency)
 
 
-def _backbone_traffic(case: _Case, share: Share, blocks: int) -> _Traffic:
+def _backbone_traffic(case: _Case, share: Share) -> _Traffic:
     """Two all-reduces a block forward and two backward, one and a half more for recomputation; table and head two halves each."""
-    divided, again = share.sequence_parallel, case.recipe.train.recompute
-    again_halves = (3 if divided else 2) * again
-    halves = blocks * (8 + again_halves) + 2 * share.start + (2 + (case.solves(share) and not divided)) * share.end
-    calls = blocks * (10 + again_halves if divided else 4 + again_halves / 2) + 2 * share.start + 3 * share.end
+    divided = share.sequence_parallel
+    ahead, back = case.blocks(share)
+    again_halves = (3 if divided else 2) * case.recipe.train.recompute * back
+    halves = 4 * (ahead + back) + again_halves + 2 * share.start + (2 + (case.solves(share) and not divided)) * share.end
+    calls = (5 * (ahead + back) + again_halves if divided else 2 * (ahead + back) + again_halves / 2) + 2 * share.start + 3 * share.end
     chunks = case.tokens * (case.recipe.model.vocabulary_size or 0) / share.tensor / gpus.LOGITS_AT_ONCE if share.end else 0
     return _halves(case, halves, calls + 2 * chunks)
 
@@ -215,7 +229,7 @@ def _micro_batch(case: _Case, stage: Stage, share: Share) -> dict[str, _Traffic]
     sent = case.tokens * case.recipe.model.width * case.value_bytes / (share.tensor if share.sequence_parallel else 1)
     return {
         "compute": _Traffic(0.0, _device(case, stage, share)),
-        "backbone": _backbone_traffic(case, share, share.stop - share.first),
+        "backbone": _backbone_traffic(case, share),
         "solve": solve,
         "stages": _Traffic(boundaries * sent, 2 * boundaries * (sent / _neighbour_link(case.gpu, case.layout) + case.gpu.latency)),
     }
@@ -244,13 +258,14 @@ def _optimizer(case: _Case, share: Share) -> _Traffic:
     m, settings = case.recipe.model, case.recipe.optimizer
     held = held_parameters(case.recipe.architecture, share)
     seconds = held.total * gpus.UPDATE_BYTES / (case.layout.data if case.recipe.layout.zero else 1) / (case.gpu.hbm * case.gpu.hbm_share)
-    if settings.name != "muon" or share.stop == share.first:
+    blocks = share.stop - share.first + (case.recipe.loop.core + case.recipe.loop.coda) * case.loops(share)
+    if settings.name != "muon" or not blocks:
         return _Traffic(0.0, seconds)
     ranks = case.layout.data * case.layout.tensor if case.recipe.layout.zero else 1
     kv, hidden, w = m.key_value_heads * m.head_dim, m.hidden, m.width
     sides = [(w, w), (w, w), (kv, w), (kv, w), *[(min(w, hidden), max(w, hidden))] * (3 if m.mlp == "swiglu" else 2)]
     products = [settings.muon_steps * (4 * r * r * c + 2 * r**3) for r, c in sides]
-    work = max((share.stop - share.first) * sum(products) / ranks, max(products))
+    work = max(blocks * sum(products) / ranks, max(products))
     sent = 2 * 2 * held.backbone_matrices * share.tensor / ranks * (ranks - 1) / ranks
     link = _link(case.gpu, case.layout, ("data", "tensor"))
     return _Traffic(sent, seconds + work / case.matrix_rate + (sent / link + 2 * case.gpu.latency if ranks > 1 else 0.0))
@@ -276,9 +291,9 @@ def estimate(recipe: Recipe, layout: Layout, gpu: Gpu) -> Estimate:
     step = sum(seconds.values())
     behind = max(times) * 2 / 3 * (count if recipe.layout.zero == 2 else 1)  # backward is two thirds of a micro-batch
     tokens = recipe.train.global_batch * case.length
-    a_token = flops(recipe.architecture, case.length, case.iterations).model
+    a_token = flops(recipe.architecture, case.length, planned(recipe.architecture).evaluations).model
     peak = peak_flops(gpu.name, recipe.train.precision) or 0.0
-    solved = recipe.model.kind == "attractor"
+    solved = recipe.model.solves
     return Estimate(
         gpu=gpu.name,
         seconds=seconds,

@@ -21,7 +21,7 @@ from torch import Tensor
 from model.fixed_point import relative_residual
 from model.language_model import LanguageModel
 from model.loss import IGNORE
-from model.refine import Depth
+from model.refine import Depth, Refine
 from pretrain.errors import Refusal
 from pretrain.evaluate import validation_loader
 from pretrain.runtime import device_of, settle_libraries
@@ -42,8 +42,8 @@ def compare_solvers(run: Path, batches: int = 4) -> list[dict[str, Any]]:
     from pretrain.weights import load_run
 
     loaded = load_run(run)
-    if loaded.model.refine is None:
-        raise Refusal(f"{run} holds a Transformer: it has no solver to compare.")
+    if not isinstance(loaded.model.refine, Refine):
+        raise Refusal(f"{run} holds a model of kind {loaded.recipe.model.kind}: it has no solver to compare.")
     data = [
         (batch.tokens.to(loaded.device), batch.targets.to(loaded.device))
         for batch in islice(validation_loader(loaded.recipe, 0, 1, None), batches)
@@ -76,9 +76,10 @@ def _measure(model: LanguageModel, data: list[tuple[Tensor, Tensor]], depth: Dep
 
 def _solve(model: LanguageModel, tokens: Tensor, depth: Depth) -> tuple[Tensor, float, float]:
     """(state, evaluations summed over sequences, seconds of the solve alone)."""
-    assert model.refine is not None
+    assert isinstance(model.refine, Refine)
     proposal, context = model.propose(tokens, None)
     start = time.perf_counter()
     refined = model.refine(proposal, context, depth)
+    assert refined.solution is not None
     iterations = float(refined.solution.iterations.sum())  # reads the device, so the clock stops after the work
     return refined.output, iterations, time.perf_counter() - start

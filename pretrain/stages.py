@@ -1,10 +1,10 @@
 """The model as DeepSpeed's PipelineModule: one stage's layers on this rank, everything else on the meta device.
 
-    (tokens, targets, documents) -> embedding -> block 0 ... block n-1 -> tail: attractor, final norm, unembedding -> loss
+    (tokens, targets, documents) -> embedding -> block 0 ... block n-1 -> tail: what is solved or looped, final norm, unembedding -> loss
 
 Each layer takes and gives (x, tokens, targets, documents): what makes the mask, looks up value embeddings and is predicted travels with
 the activations, so every stage sees the same document boundaries and positions, and only the first reads data. Without masked
-documents a single zero stands for them. The attractor is whole on the last stage; the tied table is on the first and the last, its
+documents a single zero stands for them. The attractor, or a loop and its coda, is whole on the last stage; the tied table is on the first and the last, its
 gradients added up once a step by DeepSpeed.
 
 The loss is the module's output, not DeepSpeed's `loss_fn` of it: under bf16 the engine (0.19.8) clears gradients when backward reaches
@@ -93,11 +93,11 @@ class _Block(nn.Module):
     def forward(self, inputs: Traveller) -> Traveller:
         x, tokens, targets, documents = inputs
         context = make_context(self.config, tokens, documents if documents.ndim == 2 else None)
-        return self.apply_layer(self.layer, x, tokens, context), tokens, targets, documents
+        return self.apply_layer(self.layer, x, context), tokens, targets, documents
 
 
 class _Tail(nn.Module):
-    """Holds the attractor, the final norm and an untied unembedding; `Stages.finish` uses them."""
+    """Holds what is solved or looped, the final norm and an untied unembedding; `Stages.finish` uses them."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()

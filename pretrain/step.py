@@ -26,7 +26,7 @@ from pretrain.mesh import Mesh
 Found = tuple[Tensor, Tensor, dict[str, Tensor]]
 """(loss, targets, record) of one micro-batch."""
 
-_MEANS = ("solver_iterations", "solver_evaluations", "solver_converged", "solver_fallbacks", "products")
+_MEANS = ("solver_iterations", "solver_evaluations", "solver_converged", "solver_fallbacks", "products", "applications")
 _SUMS = ("nll", "predicted", "stop")
 _COLUMNS = (*_SUMS, *_MEANS, "solver_residual")
 
@@ -46,7 +46,7 @@ class StepResult:
     own_iterations: float
     """Mean solver iterations of this rank's own micro-batches: the tensor ranks of a stage must agree on them."""
     solver: dict[str, float] | None
-    """solver_iterations, solver_evaluations, solver_converged (means a sequence), solver_fallbacks, products, solver_residual (worst)."""
+    """solver_iterations, solver_evaluations, solver_converged (of a loop: iterations, those without gradient; means a sequence), solver_fallbacks, products, applications, solver_residual (worst)."""
 
 
 def to_device(batch: Batch, device: torch.device, mask_documents: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -186,6 +186,7 @@ class _Run:
 
     def _one_step(self, batches: Iterator[Any], stop_requested: bool) -> bool:
         """One step of training, entered in the ledger and, at its turn, in the record; whether a rank was asked to stop."""
+        from model.cost import Work
         from pretrain.engine import language_model
         from pretrain.invariants import check, due
         from pretrain.optimizer import apply_schedule
@@ -202,7 +203,8 @@ class _Run:
         self.since_record.append(time.perf_counter() - started)  # train_step has read its numbers back, so the device is done
         self.seconds += self.since_record[-1]
         solver = result.solver or {}
-        spent = self.ledger.step(self.step_tokens, solver.get("solver_evaluations", 0.0), solver.get("products", 0.0))
+        work = Work(solver.get("solver_evaluations", 0.0), solver.get("applications", 0.0), solver.get("products", 0.0))
+        spent = self.ledger.step(self.step_tokens, work)
         self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
         self.skipped += not result.applied
         if self.step % recipe.train.log_every == 0 or self.step == self.total_steps or not result.applied:

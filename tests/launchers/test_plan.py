@@ -26,6 +26,9 @@ FOUR_HEADS = "model.heads=4"  # the 60M model has 5, and its vocabulary does not
 CUT = [FOUR_HEADS, "layout.tensor=2", "layout.pipeline=2", "train.micro_batch=1", "train.global_batch=64", "train.tokens=1e9"]
 
 
+_ENDS = {"attractor": ["attractor"], "deq": ["attractor"], "parcae": ["loop", "coda"], "looped": ["loop", "coda"]}
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "80", "NO_COLOR": "1"})
 
@@ -109,7 +112,7 @@ def test_every_recipe_has_a_plan_of_a_cut_model(name: str) -> None:
     first, last = plan.stages
     assert (first.ranks, last.ranks) == ([0, 7], [8, 15])
     assert [first.blocks[0], first.blocks[1], last.blocks[1]] == [0, last.blocks[0], recipe.model.backbone_layers]
-    assert (first.holds, last.holds) == (["embedding"], ["attractor"] * (plan.kind == "attractor") + ["norm", "head"])
+    assert (first.holds, last.holds) == (["embedding"], _ENDS.get(plan.kind, []) + ["norm", "head"])
     dealt = partition(recipe.architecture, plan.sequence_length, 2, recompute=recipe.train.recompute)
     assert [(stage.blocks, stage.flops) for stage in plan.stages] == [([stage.first, stage.stop], stage.flops) for stage in dealt]
     row = next(row for row in plan.flops if row.iterations == plan.expected_iterations)
@@ -184,7 +187,7 @@ def test_tables_fit_80_columns_and_cut_no_word(name: str, words: list[str]) -> N
 
 def test_most_stages_fit_too() -> None:
     recipe = load_recipe("attractor-770m")
-    words = [f"layout.pipeline={most_stages(recipe.model)}", "train.micro_batch=1"]
+    words = [f"layout.pipeline={most_stages(recipe.architecture)}", "train.micro_batch=1"]
     lines = run("attractor-770m", *words).stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("none" in line and "attractor" in line for line in lines) == 1, "the attractor has the last stage to itself"

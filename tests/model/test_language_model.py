@@ -42,7 +42,7 @@ def test_loss_is_the_mean_over_predicted_tokens(kind: str, tied: bool) -> None:
     torch.testing.assert_close(logits, rebuilt, rtol=1e-5, atol=1e-6)  # logits() returns fp32
     torch.testing.assert_close(loss, F.cross_entropy(rebuilt.flatten(0, 1), targets.flatten(), ignore_index=IGNORE), rtol=1e-7, atol=0)
     if kind == "attractor":
-        assert set(record) == KEYS | {"cross_entropy", "products"}
+        assert set(record) == KEYS | {"cross_entropy", "products", "applications"}
         assert torch.equal(record["cross_entropy"], loss.detach())
     else:
         assert record == {}

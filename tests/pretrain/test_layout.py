@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from model.config import BackboneConfig
+from model.config import BackboneConfig, ModelConfig
 from pretrain.config import load_recipe
 from pretrain.errors import Refusal
 from pretrain.layout import Axis, Coordinates, Layout, layout_on, most_stages, neighbours, refuse_illegal
@@ -38,7 +38,7 @@ def backbones(draw: st.DrawFn) -> BackboneConfig:
 def illegal(section: LayoutSection, model: BackboneConfig, length: int | None = None) -> str | None:
     """Why a layout is refused; None where it is not."""
     try:
-        refuse_illegal(section, model, length)
+        refuse_illegal(section, ModelConfig(model), length)
     except ValueError as error:
         return str(error)
     return None
@@ -129,7 +129,7 @@ def test_tensor_sizes_are_those_that_divide_and_the_neighbours_named_are_legal(
 def test_a_pipeline_has_at_most_a_stage_a_layer_and_the_bound_named_is_legal(model: BackboneConfig, pipeline: int) -> None:
     said = illegal(LayoutSection(pipeline=pipeline), model)
     most = model.backbone_layers + (model.kind == "attractor")
-    assert most_stages(model) == most
+    assert most_stages(ModelConfig(model)) == most
     assert (said is None) == (pipeline <= most)
     if said is not None:
         assert f"Use layout.pipeline={most} or less" in said

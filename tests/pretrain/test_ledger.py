@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from model.config import AttractorConfig, BackboneConfig, GradientConfig, ModelConfig
+from model.cost import Work
 from pretrain.ledger import Ledger, peak_flops
 
 CONFIG = ModelConfig(
@@ -35,7 +36,7 @@ def test_a_run_is_the_sum_of_its_steps() -> None:
     ledger = Ledger(CONFIG, S)
     steps = [(64, 3.0), (64, 5.5), (32, 1.0)]
     for tokens, evaluations in steps:
-        spent = ledger.step(tokens, evaluations, 0.0)
+        spent = ledger.step(tokens, Work(evaluations, 1.0, 0.0))
         assert asdict(spent) == pytest.approx({part: tokens * value for part, value in by_hand(evaluations).items()})
     for part, value in asdict(ledger.total).items():
         assert value == pytest.approx(sum(tokens * by_hand(evaluations)[part] for tokens, evaluations in steps))
@@ -44,18 +45,18 @@ def test_a_run_is_the_sum_of_its_steps() -> None:
 
 
 def test_model_flops_leave_recomputation_out() -> None:
-    spent = Ledger(CONFIG, S).step(10, 2.0, 0.0)
+    spent = Ledger(CONFIG, S).step(10, Work(2.0, 1.0, 0.0))
     assert spent.hardware - spent.model == spent.recomputation > 0
 
 
 def test_state_goes_on_where_it_was() -> None:
     straight, first = Ledger(CONFIG, S), Ledger(CONFIG, S)
     for ledger in (straight, first):
-        ledger.step(64, 2.5, 0.0)
+        ledger.step(64, Work(2.5, 1.0, 0.0))
     second = Ledger(CONFIG, S)
     second.load_state_dict(first.state_dict())
     for ledger in (straight, second):
-        ledger.step(64, 4.0, 0.0)
+        ledger.step(64, Work(4.0, 1.0, 0.0))
     assert second.state_dict() == straight.state_dict()
 
 

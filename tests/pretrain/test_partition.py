@@ -61,7 +61,7 @@ MODELS = st.builds(
 
 @given(MODELS, st.integers(1, 10), st.booleans())
 def test_stages_are_the_blocks_in_order_and_hold_every_flop(config: ModelConfig, stages: int, recompute: bool) -> None:
-    stages = min(stages, most_stages(config.model))
+    stages = min(stages, most_stages(config))
     dealt = partition(config, 128, stages, recompute=recompute)
     assert [stage.first for stage in dealt] == [0, *(stage.stop for stage in dealt[:-1])]
     assert dealt[-1].stop == config.model.backbone_layers
@@ -78,7 +78,7 @@ def test_stages_are_the_blocks_in_order_and_hold_every_flop(config: ModelConfig,
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_has_every_number_of_stages_it_may_ask_for(name: str) -> None:
     config = load_recipe(name).architecture
-    for stages in range(1, most_stages(config.model) + 1):
+    for stages in range(1, most_stages(config) + 1):
         assert len(partition(config, 2048, stages)) == stages
 
 
