@@ -1,9 +1,9 @@
 """What a model is, as data: five frozen records that name every choice, and nothing of torch.
 
 Each record is one section of a recipe: `model` (the backbone), `attractor` (the map f), `solver` (how y* = f(y*, y0) is
-found), `gradient` (how dL/dtheta is taken at y*), `loop` (blocks that are applied again and again). They refuse impossible values when they are made, with a ValueError
-that names the field, the value and the remedy. Defaults are the published ones (arXiv 2605.12466 and its code) unless
-docs/design.md says why not.
+found), `gradient` (how dL/dtheta is taken at y*), `loop` (blocks that are applied again and again). They refuse impossible values
+when they are made, with a ValueError that names the field, the value and the remedy. Defaults are the published ones (arXiv 2605.12466
+and its code) unless docs/design.md says why not.
 """
 
 from __future__ import annotations

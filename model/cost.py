@@ -234,8 +234,7 @@ def implied_products(config: ModelConfig) -> float:
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank holds of a model: blocks first:stop of the backbone (of a loop: of its prelude) and which of its ends, cut over `tensor`
-    ranks."""
+    """What a rank holds of a model: blocks first:stop of the backbone (a loop's prelude) and which of its ends, cut over `tensor` ranks."""
 
     first: int
     stop: int
@@ -361,6 +360,7 @@ def activation_bytes(config: ModelConfig, bytes_per_value: int, *, recompute: bo
     block, solved, end = block_values(m, share.tensor, share.sequence_parallel), 0.0, 0.0
     if share.end:
         end = (m.width / share.tensor if m.solves else stream) + 2 * m.width  # the final norm's two ends, the head's gradient
+    applications: float
     if share.end and m.solves:
         applications = config.gradient.steps if config.gradient.mode == "phantom" and not recompute else 1
         solved = applications * config.attractor.layers * block_values(m, share.tensor, True, gated=True)

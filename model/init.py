@@ -47,7 +47,7 @@ def initialise(model: LanguageModel, seed: int) -> None:
     config = model.config.model
     common = standard_deviation(config)
     stds = {id(parameter): common for parameter in model.parameters() if parameter.ndim >= 2}
-    output = 0.0 if config.zero_output_init else common / math.sqrt(2 * config.backbone_layers)
+    output = 0.0 if config.zero_output_init else common / math.sqrt(2 * max(1, config.backbone_layers))
     inside = set(model.refine.modules()) if isinstance(model.refine, Refine) else set()
     for module in model.modules():
         for matrix in () if module in inside else _outputs(module):

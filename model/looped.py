@@ -27,7 +27,7 @@ from model.backbone import Backbone
 from model.config import ModelConfig
 from model.fixed_point import Solution, relative_residual
 from model.layers import Layers, RMSNorm
-from model.noise import normal, poisson_counts, sequence_seeds
+from model.noise import normal, poisson_counts, seeds_of
 from model.refine import Depth, Refined
 
 _FIRST_DECAY = math.sqrt(1 / 5)
@@ -76,6 +76,8 @@ class Loop(nn.Module):
         parcae = m.kind == "parcae"
         self.mean, self.tolerance, self.tokens = loop.iterations, config.solver.tolerance, layers.tokens
         self.backprop = loop.backprop if parcae else None
+        self.draws = parcae
+        """Whether training draws each sequence's count."""
         self.std = math.sqrt(2 / (5 * m.width))
         self.norm = RMSNorm(m.width, m.norm_eps, layers) if parcae else None
         self.injection = DiagonalInjection(m.width, layers) if parcae else None
@@ -87,9 +89,9 @@ class Loop(nn.Module):
         """proposal [b, s, w]: the prelude's output. With gradients on, counts are drawn (parcae) and the output is differentiable; with
         gradients off every sequence takes `depth` iterations ("auto" and "strict": loop.iterations)."""
         e = proposal if self.norm is None else self.norm(proposal)
-        seeds = [] if self.injection is None else sequence_seeds(context.tokens)
+        seeds = [] if self.injection is None else seeds_of(context.tokens)
         counts = [self.mean if isinstance(depth, str) else depth] * len(e)
-        if torch.is_grad_enabled() and self.injection is not None:
+        if torch.is_grad_enabled() and self.draws:
             counts = poisson_counts(seeds, self.mean)
         order = sorted(range(len(e)), key=lambda row: -counts[row])
         back = None

@@ -2,11 +2,13 @@
 
     seed_i = hash(tokens of sequence i);   noise_i ~ N(0, std^2) from a generator seeded so;   count_i = F^-1(u_i), u_i from that seed
 
+Without gradients, in evaluation, every sequence is given the same noise: then an output depends on no later token.
+
 Nothing of it is state: a run that resumes, a rank that shares its sequences with others (tensor or pipeline) and any split of a batch over
 ranks and micro-batches draw the same, without a generator to save or to agree on. A sequence that is met again is given the same draw;
 pretraining meets few again. Noise differs between kinds of device, as torch's generators do.
 
-The seeds are read by the host: one synchronisation a call.
+The seeds are read by the host: one synchronisation a call, in training.
 Shapes: tokens [b, s]; noise [b, s, w].
 """
 
@@ -19,6 +21,11 @@ import torch
 from torch import Tensor
 
 _MULTIPLIERS = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)  # odd constants of splitmix64, made positive int64
+
+
+def seeds_of(tokens: Tensor) -> list[int]:
+    """Those of the sequences while gradients are on; else the same for all."""
+    return sequence_seeds(tokens) if torch.is_grad_enabled() else [0] * len(tokens)
 
 
 def sequence_seeds(tokens: Tensor) -> list[int]:

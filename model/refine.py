@@ -25,7 +25,7 @@ from model.equilibrium import Equilibrium
 from model.fixed_point import Map, Solution, relative_residual, solve, solve_strict
 from model.implicit import attach
 from model.layers import Layers
-from model.noise import normal, sequence_seeds
+from model.noise import normal, seeds_of
 
 Depth = int | str
 """How far to solve: a number of evaluations, "auto" (as configured) or "strict" (as generation with a cache would)."""
@@ -98,5 +98,5 @@ class Refine(nn.Module):
             return y0
         if self.begin == "zero":
             return torch.zeros_like(y0)
-        whole = normal(sequence_seeds(context.tokens), context.tokens.shape[1], y0.shape[2], self.std, y0)
+        whole = normal(seeds_of(context.tokens), context.tokens.shape[1], y0.shape[2], self.std, y0)
         return self.tokens.own(whole)

@@ -1,4 +1,5 @@
-"""`attractor bench step`: a training step by part, and what it holds, at fixed and at adaptive numbers of solver iterations.
+"""`attractor bench step`: a training step by part, and what it holds, at fixed and at adaptive numbers of iterations, of a solver or a
+loop. `attractor bench models`: all kinds of model side by side, as wide and with as many blocks.
 
 The step is the model's own (no engine around it): forward, backward, clip, optimizer, on real text (Python's documentation
 as bytes), so that the map learns and contracts as it does in a run. Parts are timed on a second pass that is cut by hand at
@@ -6,7 +7,7 @@ the proposal and at the equilibrium; they need not add up to `step_seconds` exac
 
     memory_bytes         height of the process (CPU: resident set) or of the GPU's allocator during the steps
     saved_bytes          what autograd keeps for backward, distinct storages, weights apart: the figure that must not depend
-                         on the number of iterations
+                         on the number of solver iterations
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.cost import flops
+from model.config import Kind, LoopConfig, ModelConfig
+from model.cost import Work, flops
 from model.implicit import attach
 from model.language_model import LanguageModel, build
+from model.looped import Loop
 from model.roles import parameter_roles
 from pretrain.config import Recipe
 from pretrain.ledger import peak_flops
@@ -37,17 +39,43 @@ DEFAULT_VOCABULARY, DEFAULT_LENGTH = 4096, 256
 
 
 def bench_step(recipe: Recipe, iterations: Sequence[int | str], steps: int, warm_up: int = 10) -> list[Row]:
-    """One row for every number of iterations, fixed or, for "auto", as the recipe solves; a Transformer has one row, "none".
+    """One row for every number of iterations, fixed or, for "auto", as the recipe solves or loops; a Transformer has one row, "none".
 
     Each row comes from a process of its own, so that none inherits another's memory. There the model is first trained for
     `warm_up` steps as the recipe solves.
     """
-    names = iterations if recipe.model.kind == "attractor" else ["none"]
-    rows = []
-    for name in names:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows.append(pool.submit(_row, recipe, name, steps, warm_up).result())
-    return rows
+    names = iterations if recipe.model.solves or recipe.model.loops else ["none"]
+    return [_apart(recipe, name, steps, warm_up) for name in names]
+
+
+def bench_models(recipe: Recipe, steps: int, warm_up: int = 10) -> list[Row]:
+    """One row for every kind of model, with the recipe's width and as many blocks as its backbone and attractor together, every one on
+    the same attention, loss, optimizer and compile path."""
+    return [{"kind": kind, **_apart(each, "auto", steps, warm_up)} for kind, each in side_by_side(recipe).items()]
+
+
+def side_by_side(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe as each kind of model: a Parcae loops a third of its blocks, a looped Transformer all of them, twice."""
+    solved, m = recipe.attractor.layers, recipe.model
+    blocks = m.backbone_layers + solved if m.solves else m.backbone_layers
+    third = max(1, blocks // 3)
+    before = max(1, blocks - solved)
+    made: dict[Kind, tuple[int, LoopConfig]] = {
+        "transformer": (blocks, recipe.loop),
+        "parcae": (blocks, replace(recipe.loop, core=third, coda=third)),
+        "looped": (blocks, LoopConfig(core=blocks, coda=0, iterations=2)),
+        "deq": (before, recipe.loop),
+        "attractor": (before, recipe.loop),
+    }
+    return {
+        kind: recipe.model_copy(update={"model": replace(m, kind=kind, backbone_layers=layers), "loop": loop})
+        for kind, (layers, loop) in made.items()
+    }
+
+
+def _apart(recipe: Recipe, name: int | str, steps: int, warm_up: int) -> Row:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_row, recipe, name, steps, warm_up).result()
 
 
 def _row(recipe: Recipe, name: int | str, steps: int, warm_up: int) -> Row:
@@ -79,18 +107,22 @@ class _Bench:
         self.batches = text_batches(recipe.train.micro_batch, self.length, vocabulary, self.device)
 
     def fix(self, iterations: int) -> None:
-        """From now on every solve takes so many evaluations."""
-        assert self.model.refine is not None
-        self.model.refine.solver = replace(self.model.refine.solver, min_iterations=iterations, max_iterations=iterations)
+        """From now on every solve takes so many evaluations, every loop so many iterations."""
+        refine = self.model.refine
+        if isinstance(refine, Loop):
+            refine.mean, refine.draws = iterations, False
+        elif refine is not None:
+            refine.solver = replace(refine.solver, min_iterations=iterations, max_iterations=iterations)
 
-    def step(self) -> tuple[float, float]:
-        """(evaluations, vector-Jacobian products) a sequence of one whole step."""
+    def step(self) -> tuple[float, float, float]:
+        """(evaluations, applications, vector-Jacobian products) a sequence of one whole step."""
         tokens, targets = next(self.batches)
         loss, record = self.model(tokens, targets)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(record.get("solver_evaluations", 0)), float(record.get("products", 0))
+        evaluations, applications, products = (float(record.get(key, 0)) for key in ("solver_evaluations", "applications", "products"))
+        return evaluations, applications, products
 
     def row(self, name: int | str, steps: int) -> Row:
         self.step()  # kernels and allocator get used to this shape
@@ -102,18 +134,28 @@ class _Bench:
             found.append(result)
         height = _peak(self.device)
         typical = sorted(seconds)[len(seconds) // 2]
-        evaluations, products = (sum(column) / steps for column in zip(*found, strict=True))
+        work = Work(*(sum(column) / steps for column in zip(*found, strict=True)))
         tokens = self.recipe.train.micro_batch * self.length
-        spent = flops(self.config, self.length, evaluations, products=products, recompute=self.recipe.train.recompute)
+        spent = flops(
+            self.config,
+            self.length,
+            work.evaluations,
+            products=work.products,
+            applications=work.applications,
+            recompute=self.recipe.train.recompute,
+        )
         peak = self.recipe.train.peak_flops or _known_peak(self.device, self.recipe.train.precision)
         return {
             "iterations": name,
-            "evaluations": evaluations,
+            "evaluations": work.evaluations,
+            "applications": work.applications,
             "step_seconds": typical,
             "tokens_per_second": tokens / typical,
             "memory_bytes": height,
             "saved_bytes": self._saved(),
             **{f"{part}_seconds": elapsed for part, elapsed in self._parts(steps).items()},
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "model_flops_per_token": spent.model,
             "model_flops_per_second": spent.model * tokens / typical,
             "mfu": spent.model * tokens / typical / peak if peak else None,
         }
@@ -142,7 +184,12 @@ class _Bench:
         model, device, times = self.model, self.device, {}
         times["backbone"], (proposal, context) = _timed(lambda: model.propose(tokens, None), device)
         hidden = proposal
-        if model.refine is not None:
+        y0 = proposal.detach().requires_grad_()
+        if isinstance(model.refine, Loop):
+            loop = model.refine
+            times["loop"], refined = _timed(lambda: loop(y0, context), device)
+            hidden = refined.output
+        elif model.refine is not None:
             refine, y0 = model.refine, proposal.detach().float().requires_grad_()
             with torch.no_grad():
                 times["solve"], refined = _timed(lambda: refine(y0, context), device)
@@ -160,7 +207,8 @@ class _Bench:
 
         times["head"], _ = _timed(head, device)
         if model.refine is not None:
-            times["implicit_backward"], _ = _timed(lambda: hidden.backward(cut.grad), device)
+            times["loop_backward" if "loop" in times else "implicit_backward"], _ = _timed(lambda: hidden.backward(cut.grad), device)
+            assert y0.grad is not None
             gradient = y0.grad.to(proposal.dtype)
         else:
             gradient = cut.grad

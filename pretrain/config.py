@@ -95,7 +95,8 @@ class Recipe(Section):
         length = self.data.sequence_length or sequence_length
         data = self.data.model_copy(update={"sequence_length": length})
         try:
-            refuse_illegal(self.layout, replace(self.architecture, model=model), length)  # what was open when the recipe was read is known now
+            # what was open when the recipe was read is known now
+            refuse_illegal(self.layout, replace(self.architecture, model=model), length)
         except ValueError as error:
             raise Refusal(f"{error} (With the data prepared at {path}.)") from error
         complete = self.model_copy(update={"model": model, "data": data})

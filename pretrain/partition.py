@@ -3,8 +3,8 @@
     layers    embedding | block 0 ... block n-1 | tail (attractor, or loop and coda; final norm) | head (tied unembedding, loss)
 
 The embedding goes with the first stage, tail and head with the last: neither the attractor nor a loop is ever cut, and the tied table
-lives on two stages only. So what is dealt out are the blocks that run once before them. Costs are training FLOPs a token (model.cost), with the solver's expected
-iterations in the tail's, which is what makes the last stage shorter than a Transformer's.
+lives on two stages only. So what is dealt out are the blocks that run once before them. Costs are training FLOPs a token (model.cost),
+with the solver's expected iterations in the tail's, which is what makes the last stage shorter than a Transformer's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def layer_flops(config: ModelConfig, sequence_length: int, *, recompute: bool = 
     """(one backbone block, everything after the backbone): hardware FLOPs a token of a training step."""
     work = planned(config)
     whole = flops(config, sequence_length, work.evaluations, products=work.products, recompute=recompute).hardware
-    one = flops(replace(config, model=replace(config.model, kind="transformer", backbone_layers=1)), sequence_length, 0, recompute=recompute)
+    single = replace(config, model=replace(config.model, kind="transformer", backbone_layers=1))
+    one = flops(single, sequence_length, 0, recompute=recompute)
     block = one.hardware - one.head_forward - one.head_backward
     return block, whole - block * config.prelude
 

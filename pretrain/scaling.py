@@ -118,7 +118,7 @@ class _Case:
         return share.end and self.recipe.model.loops
 
     def blocks(self, share: Share) -> tuple[float, float]:
-        """Passes through ordinary blocks that a micro-batch makes on a stage, (forward, backward): its own, and those of a loop and coda."""
+        """Passes through ordinary blocks that a micro-batch makes on a stage, (forward, backward): its own, a loop's and its coda's."""
         own, loop = share.stop - share.first, self.recipe.loop
         if not self.loops(share):
             return own, own

@@ -4,8 +4,8 @@
 
 Each layer takes and gives (x, tokens, targets, documents): what makes the mask, looks up value embeddings and is predicted travels with
 the activations, so every stage sees the same document boundaries and positions, and only the first reads data. Without masked
-documents a single zero stands for them. The attractor, or a loop and its coda, is whole on the last stage; the tied table is on the first and the last, its
-gradients added up once a step by DeepSpeed.
+documents a single zero stands for them. The attractor, or a loop and its coda, is whole on the last stage; the tied table is on the
+first and the last, its gradients added up once a step by DeepSpeed.
 
 The loss is the module's output, not DeepSpeed's `loss_fn` of it: under bf16 the engine (0.19.8) clears gradients when backward reaches
 the module's output, so parameters used after it (the unembedding, at least) would silently never train.

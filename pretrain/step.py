@@ -46,7 +46,8 @@ class StepResult:
     own_iterations: float
     """Mean solver iterations of this rank's own micro-batches: the tensor ranks of a stage must agree on them."""
     solver: dict[str, float] | None
-    """solver_iterations, solver_evaluations, solver_converged (of a loop: iterations, those without gradient; means a sequence), solver_fallbacks, products, applications, solver_residual (worst)."""
+    """Means a sequence: solver_iterations, solver_evaluations (without gradients), applications (with), products, solver_converged,
+    solver_fallbacks; and the worst solver_residual. A loop tells the same of its iterations."""
 
 
 def to_device(batch: Batch, device: torch.device, mask_documents: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -20,12 +20,15 @@ MAY_IMPORT = {
 ONLY_IN_PRETRAIN = {"deepspeed", "megatron", "wandb", "tensorboard"}
 NO_TORCH = (
     "launchers.cli",
+    "launchers.match",
     "launchers.plan",
     "launchers.doctor",
     "launchers.local",
     "pretrain.config",
     "pretrain.train",
     "pretrain.layout",
+    "pretrain.matching",
+    "pretrain.measured",
     "pretrain.partition",
     "pretrain.scaling",
     "pretrain.recommend",

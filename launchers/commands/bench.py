@@ -29,6 +29,14 @@ _STEP_EPILOG = """\
   attractor bench step attractor-140m train.micro_batch=8 train.compile=true --json
 """
 
+_MODELS_EPILOG = """\
+[bold]Examples[/]
+
+  attractor bench models
+
+  attractor bench models attractor-140m train.micro_batch=4 train.compile=true --json
+"""
+
 _DATA_EPILOG = """\
 [bold]Examples[/]
 
@@ -83,6 +91,47 @@ def step(
             ) from error
 
     deliver(as_json, compute, lambda rows: _show("Training step", rows))
+
+
+@app.command("models", epilog=_MODELS_EPILOG)
+def models(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Width, blocks and batch that every kind is given.")] = "demo",
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps a kind, after a warm-up.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Put all kinds of model side by side, as wide and with as many blocks: step time, tokens/s, FLOP/s reached, memory."""
+    resolved = load_recipe(recipe, overrides or [])
+
+    def compute() -> list[Row]:
+        from pretrain.bench import bench_models
+
+        return bench_models(resolved, steps)
+
+    deliver(as_json, compute, _show_models)
+
+
+def _show_models(rows: list[Row]) -> None:
+    table = Table(title="Training step by kind of model", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for name in ("kind", "f", "grad.", "step", "tokens/s", "FLOP/token", "FLOP/s", "peak", "saved"):
+        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["kind"],
+            f"{row['evaluations']:.1f}",
+            f"{row['applications']:.1f}",
+            f"{row['step_seconds']:.3f} s",
+            si(row["tokens_per_second"]),
+            si(row["model_flops_per_token"]),
+            si(row["model_flops_per_second"]),
+            size(row["memory_bytes"]),
+            size(row["saved_bytes"]),
+        )
+    console().print(table)
+    console().print(
+        "f, grad.: the map or the looped blocks, how often a sequence without and with gradients", style="dim"
+    )
+    console().print("peak: of the process or the GPU's allocator. saved: what autograd keeps for backward", style="dim")
 
 
 @app.command("data", epilog=_DATA_EPILOG)

@@ -9,7 +9,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from launchers.commands.train import Overrides, Recipe
+from launchers.commands.match import Iterations, MeasuredRuns, Quantity, match, split_words
+from launchers.match import QUANTITIES
 from launchers.output import console, deliver, si, size
 from launchers.plan import Plan, make_plan, make_recommendation
 from pretrain.config import load_recipe, recipe_names
@@ -33,6 +34,14 @@ EPILOG = f"""\
   attractor plan attractor-770m --gpus 64 --recommend
 
   attractor plan demo --json
+
+[bold]Matched comparisons[/] (docs/matching.md)
+
+  attractor plan --match flops attractor-770m transformer-1.3b
+
+  attractor plan --match matmul attractor-140m transformer-140m train.tokens=2e9
+
+  attractor plan --match flops attractor-140m transformer-140m --iterations attractor=4.6
 """
 
 _KINDS = {
@@ -60,25 +69,52 @@ _PARTS = {
 
 
 def command(
-    recipe: Recipe,
-    overrides: Overrides = None,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|section.key=value",
+            help="A recipe (with --match several): a name below, or a YAML file. Then changes to all of them, such as train.tokens=2e9.",
+            show_default=False,
+        ),
+    ],
     gpus: Annotated[
         int | None, typer.Option("--gpus", "--procs", min=1, help="Ranks to plan for. Default: one replica of the model.")
     ] = None,
-    hardware: Annotated[str, typer.Option("--hardware", help=f"GPUs to estimate times for: {' or '.join(GPUS)}.")] = "h100",
+    hardware: Annotated[
+        str | None, typer.Option("--hardware", help=f"GPUs to estimate times for: {' or '.join(GPUS)}. Default: h100.")
+    ] = None,
     recommend: Annotated[
         bool, typer.Option("--recommend", help="Choose layout, micro-batch and recomputation in place of the recipe's own.")
     ] = False,
+    by: Quantity = None,
+    iterations: Iterations = None,
+    measured: MeasuredRuns = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Say what a recipe costs: parameters, FLOPs, layout, memory, steps. Starts nothing."""
-    resolved = load_recipe(recipe, overrides or [])
+    """Say what a recipe costs: parameters, FLOPs, layout, memory, steps; or match several. Starts nothing."""
+    recipes, overrides = split_words(words)
+    if by is not None:
+        if recommend or gpus is not None or hardware is not None:
+            raise Refusal("--gpus, --hardware and --recommend plan one recipe: leave them out beside --match.")
+        match(by, recipes, overrides, iterations or [], measured or [], as_json)
+        return
+    if iterations or measured:
+        raise Refusal("--iterations and --measured belong to --match: add it, or set solver.expected_iterations or loop.iterations.")
+    if len(recipes) != 1:
+        given = f"not {len(recipes)} ({', '.join(recipes)})" if recipes else "and none was named"
+        raise Refusal(f"A plan is of one recipe, {given}. Name one; to compare several add --match {'|'.join(QUANTITIES)}.")
+    plan_one(recipes[0], overrides, gpus, hardware or "h100", recommend, as_json)
+
+
+def plan_one(recipe: str, overrides: list[str], gpus: int | None, hardware: str, recommend: bool, as_json: bool) -> None:
+    """The plan of one recipe, or its recommended layouts."""
+    resolved = load_recipe(recipe, overrides)
     if hardware not in GPUS:
         raise Refusal(f"--hardware {hardware} is not known: choose {' or '.join(GPUS)}.")
     gpu = GPUS[hardware]
     if recommend:
         ranks = gpus or 1
-        words = ["attractor", "plan", recipe, *(overrides or []), "--gpus", str(ranks), "--hardware", hardware]
+        words = ["attractor", "plan", recipe, *overrides, "--gpus", str(ranks), "--hardware", hardware]
         deliver(as_json, lambda: make_recommendation(resolved, ranks, gpu), lambda found: show_recommendation(found, words, ranks, gpu))
     elif as_json:
         deliver(True, lambda: make_plan(resolved, gpus, gpu).as_dict(), lambda _: None)

@@ -59,13 +59,31 @@ SPECIAL: dict[int, list[Case]] = {
         layout(2, 2) | {"model.kind": "transformer", "model.value_embeddings": True, "optimizer.name": "muon", "optimizer.ema": 0.9},
     ],
 }
+PARCAE = {"model.kind": "parcae", "model.value_embeddings": True, "loop.core": 1, "loop.coda": 1, "loop.iterations": 4, "loop.backprop": 2}
+LOOPED = {"model.kind": "looped", "loop.core": 1, "loop.coda": 0, "loop.iterations": 3}
+DEQ = {"model.kind": "deq", "model.tied_embeddings": False}
+MUON = {"optimizer.name": "muon"}
+KINDS: dict[int, list[Case]] = {
+    2: [
+        *[layout(tensor, pipeline, zero) | PARCAE | MUON for tensor, pipeline, stages in LAYOUTS[2] for zero in stages],
+        layout(2, 1) | PARCAE | DIVIDED | MASKED | {"train.recompute": True, "optimizer.ema": 0.9},
+        layout(1, 2) | PARCAE | MASKED | {"loop.backprop": "null", "model.tied_embeddings": False},
+        *[layout(*cut) | LOOPED | MUON for cut in ((1, 1, 3), (2, 1, 1), (1, 2, 1))],
+        *[layout(*cut) | DEQ | MUON for cut in ((1, 1, 3), (2, 1, 1), (1, 2, 1))],
+        layout(2, 1) | DEQ | {"gradient.mode": "adjoint", "model.tied_embeddings": True},
+        layout(2, 1) | {"solver.start": "noise"},
+        layout(1, 1, 3) | PARCAE | {"train.compile": True},
+    ],
+    4: [layout(2, 2) | PARCAE | MUON, layout(2, 2) | PARCAE | DIVIDED, layout(2, 1, 3) | PARCAE | MUON, layout(2, 2) | DEQ | MUON],
+}
 SINGLE = {"train.precision": "bf16"}
 BF16: dict[int, list[Case]] = {
-    2: [layout(1, 1) | SINGLE, layout(2, 1) | SINGLE, layout(1, 2) | SINGLE | {"optimizer.name": "muon"}],
+    2: [layout(1, 1) | SINGLE, layout(2, 1) | SINGLE, layout(2, 1) | PARCAE | SINGLE, layout(1, 2) | SINGLE | {"optimizer.name": "muon"}],
     4: [layout(2, 2) | SINGLE, layout(2, 1, 3) | SINGLE | DIVIDED, layout(2, 1, 2) | SINGLE | {"optimizer.name": "muon"}],
 }
 CASES: dict[int, list[Case]] = {
-    ranks: [SIZE | {"optimizer.name": "adamw"} | case for case in GRID[ranks] + SPECIAL[ranks] + BF16[ranks]] for ranks in (2, 4)
+    ranks: [SIZE | {"optimizer.name": "adamw"} | case for case in GRID[ranks] + SPECIAL[ranks] + KINDS[ranks] + BF16[ranks]]
+    for ranks in (2, 4)
 }
 ALL = [(ranks, index) for ranks in CASES for index in range(len(CASES[ranks]))]
 
@@ -138,7 +156,7 @@ def test_replicas_really_solved_for_different_lengths_and_tensor_ranks_for_the_s
 @pytest.mark.parametrize("ranks", list(CASES))
 def test_every_matrix_is_muons_on_exactly_one_stage_and_gradients_were_clipped(outcomes: Outcomes, ranks: int) -> None:
     for index, case in enumerate(CASES[ranks]):
-        if case["optimizer.name"] != "muon" or case.get("model.kind") == "transformer":
+        if case["optimizer.name"] != "muon" or "model.kind" in case:
             continue
         tensor, pipeline = case["layout.tensor"], case["layout.pipeline"]
         replicas = ranks // (tensor * pipeline)

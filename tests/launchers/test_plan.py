@@ -111,7 +111,7 @@ def test_every_recipe_has_a_plan_of_a_cut_model(name: str) -> None:
     assert (plan.gpus, plan.batch["data_ranks"], plan.batch["accumulation"]) == (16, 4, 16)
     first, last = plan.stages
     assert (first.ranks, last.ranks) == ([0, 7], [8, 15])
-    assert [first.blocks[0], first.blocks[1], last.blocks[1]] == [0, last.blocks[0], recipe.model.backbone_layers]
+    assert [first.blocks[0], first.blocks[1], last.blocks[1]] == [0, last.blocks[0], recipe.architecture.prelude]
     assert (first.holds, last.holds) == (["embedding"], _ENDS.get(plan.kind, []) + ["norm", "head"])
     dealt = partition(recipe.architecture, plan.sequence_length, 2, recompute=recipe.train.recompute)
     assert [(stage.blocks, stage.flops) for stage in plan.stages] == [([stage.first, stage.stop], stage.flops) for stage in dealt]
@@ -219,7 +219,7 @@ def test_the_command_of_a_recommendation_plans_it() -> None:
 def recommended() -> list[tuple[str, int, list[str]]]:
     """(recipe, GPUs, cells) of each row of the page's table of recommended layouts."""
     table = PAGE.read_text(encoding="utf-8").partition("## Recommended layouts")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| ((?:attractor|transformer)-[^|]+) \| (\d+) \| (.*) \|$", table, re.MULTILINE)
+    rows = re.findall(r"^\| ((?:attractor|transformer|parcae)-[^|]+) \| (\d+) \| (.*) \|$", table, re.MULTILINE)
     return [(name, int(gpus), cells.split(" | ")) for name, gpus, cells in rows]
 
 

@@ -22,6 +22,7 @@ PUBLISHED = {
     "transformer-140m": (143, 42, 75),
     "transformer-770m": (773, 354, 378),
     "transformer-1.3b": (1334, 680, 604),
+    "parcae-770m": (777, 354, 378),
 }
 
 BY_HAND = {
@@ -29,12 +30,21 @@ BY_HAND = {
     "attractor-370m": (1280, 15 + 2, 0),
     "attractor-1.3b": (1536, 23 + 3, 0),
     "transformer-370m": (1024, 12, 6),
+    "parcae-140m": (768, 2 + 2 + 2, 3),
+    "parcae-370m": (1024, 4 + 4 + 4, 6),
+    "parcae-1.3b": (1536, 8 + 8 + 8, 12),
 }
 
 OURS = {
     # name: (least, most) parameters, millions: what two CPU cores can train
     "demo": (0.5, 3),
     "demo-transformer": (0.5, 3),
+    "edu-1m": (1.2, 1.4),
+    "edu-1m-transformer": (1.2, 1.4),
+    "edu-1m-parcae": (1.2, 1.4),
+    "edu-1m-looped": (1.2, 1.4),
+    "edu-1m-deq": (1.7, 1.9),
+    "edu-1m-deq-tied": (1.2, 1.4),
     "edu-5m": (4.5, 5.5),
     "edu-5m-transformer": (4.5, 5.5),
 }
@@ -100,7 +110,7 @@ def test_published_settings_are_kept(name: str) -> None:
     assert recipe.train.global_batch * (recipe.data.sequence_length or 0) == 256 * 2048
     assert recipe.model.vocabulary_size == VOCABULARY
     assert recipe.model.head_dim == 128
-    assert recipe.model.value_embeddings == name.startswith("transformer")
+    assert recipe.model.value_embeddings == name.startswith(("transformer", "parcae"))
     assert (recipe.schedule.shape, recipe.schedule.warmup, recipe.schedule.decay, recipe.schedule.final) == ("trapezoid", 0, 0.5, 0)
     assert (recipe.optimizer.name, recipe.optimizer.betas, recipe.optimizer.eps) == ("muon", [0.8, 0.95], 1e-10)
 

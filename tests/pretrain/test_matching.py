@@ -111,6 +111,30 @@ PUBLISHED = {
 }
 
 
+CONFIGURED = {
+    # width, blocks (of an attractor with its map's), value tables: the configurations themselves
+    **{
+        f"attractor-{size}": (*shape, 0)
+        for size, shape in {"140m": (1024, 8), "370m": (1280, 17), "770m": (1280, 37), "1.3b": (1536, 26)}.items()
+    },
+    **{
+        f"{kind}-{size}": (width, blocks, blocks // 2)
+        for kind in ("transformer", "parcae")
+        for size, width, blocks in (("140m", 768, 6), ("370m", 1024, 12), ("770m", 1280, 18), ("1.3b", 1536, 24))
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_parameters_of_every_published_configuration(name: str) -> None:
+    width, blocks, tables = CONFIGURED[name]
+    ends = 2 * width**2 if name.startswith("parcae") else 0  # its injection's matrices
+    count = count_parameters(load_recipe(name).architecture)
+    assert count.matmul == pytest.approx(12 * width**2 * blocks + ends, rel=0.01)
+    assert count.value_embedding == 32768 * width * tables
+    assert count.total == pytest.approx(32768 * width * (1 + tables) + 12 * width**2 * blocks + ends, rel=0.01)
+
+
 def causal_flops(config: ModelConfig, work: Work) -> float:
     """Training FLOPs a token with half of attention taken away: what kernels that skip the future would do."""
     m = config.model
