@@ -11,13 +11,13 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from launchers.commands import bench, data, demo, doctor, evaluate, launch, plan, train
+from launchers.commands import bench, compare, data, demo, doctor, evaluate, launch, plan, train
 from launchers.output import print_error, print_note
 from pretrain.errors import Refusal, RunStopped
 
 REFUSED = 2
 INTERRUPTED = 130
-ORDER = ("data", "plan", "train", "launch", "evaluate", "bench", "doctor", "demo")
+ORDER = ("data", "plan", "train", "sweep", "study", "launch", "evaluate", "compare", "bench", "doctor", "demo")
 
 
 class Face(TyperGroup):
@@ -56,6 +56,7 @@ app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("train", epilog=train.EPILOG)(train.command)
 app.add_typer(launch.app, name="launch")
 app.command("evaluate", epilog=evaluate.EPILOG)(evaluate.command)
+app.command("compare", epilog=compare.EPILOG)(compare.command)
 app.add_typer(bench.app, name="bench")
 app.command("doctor", epilog=doctor.EPILOG)(doctor.command)
 app.command("demo", epilog=demo.EPILOG)(demo.command)

@@ -24,6 +24,7 @@ NO_TORCH = (
     "launchers.plan",
     "launchers.doctor",
     "launchers.local",
+    "pretrain.compare",
     "pretrain.config",
     "pretrain.train",
     "pretrain.layout",

@@ -72,7 +72,7 @@ KINDS: dict[int, list[Case]] = {
         *[layout(*cut) | DEQ | MUON for cut in ((1, 1, 3), (2, 1, 1), (1, 2, 1))],
         layout(2, 1) | DEQ | {"gradient.mode": "adjoint", "model.tied_embeddings": True},
         layout(2, 1) | {"solver.start": "noise"},
-        layout(1, 1, 3) | PARCAE | {"train.compile": True},
+        layout(2, 1) | PARCAE | {"train.compile": True},
     ],
     4: [layout(2, 2) | PARCAE | MUON, layout(2, 2) | PARCAE | DIVIDED, layout(2, 1, 3) | PARCAE | MUON, layout(2, 2) | DEQ | MUON],
 }

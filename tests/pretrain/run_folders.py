@@ -83,7 +83,9 @@ def write_run(
 
 def _evaluation(step: int, loss: Callable[[float], float | None], depths: Sequence[str], predicted: int) -> dict[str, Any]:
     own = loss(step * STEP_TOKENS)
-    losses = {depth: None if own is None else own + 0.1 * behind for behind, depth in zip(reversed(range(len(depths))), depths, strict=True)}
+    losses = {
+        depth: None if own is None else own + 0.1 * behind for behind, depth in zip(reversed(range(len(depths))), depths, strict=True)
+    }
     record: dict[str, Any] = {"step": step, "tokens": step * STEP_TOKENS, "loss": losses, "predicted_tokens": predicted}
     if len(depths) > 1:
         record |= {"iterations": dict.fromkeys(depths[1:], 3.0), "proposal_distance": 0.4, "converged": 1.0}

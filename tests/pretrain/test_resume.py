@@ -16,6 +16,11 @@ from typing import Any
 
 import pytest
 
+from launchers.plan import make_plan
+from model.cost import planned
+from pretrain.config import Recipe
+from pretrain.matching import run_flops
+from pretrain.measured import measured
 from tests.distributed.ranks import ROOT, free_port, rank_environment, run_ranks
 from tests.pretrain.tiny_run import SETTINGS, STEPS, TARGET, golden_losses
 
@@ -65,6 +70,31 @@ def test_interrupted_equals_whole(whole: tuple[Path, dict[str, Any]], data: Path
     assert records(run) == records(whole[0])
     totals = [json.loads((folder / "summary.json").read_text())["flops"] for folder in (run, whole[0])]
     assert totals[0] == totals[1]
+
+
+KINDS: dict[str, list[str]] = {
+    "parcae": ["model.kind=parcae", "model.backbone_layers=3", "loop.core=1", "loop.coda=1", "model.value_embeddings=true"],
+    "looped": ["model.kind=looped", "loop.core=1", "loop.coda=0", "loop.iterations=3"],
+    "deq": ["model.kind=deq", "model.tied_embeddings=false", "gradient.mode=adjoint"],
+    "transformer": ["model.kind=transformer"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_resumes_exactly_and_its_ledger_is_the_plan_s(kind: str, data: Path, tmp_path: Path) -> None:
+    settings = [*SETTINGS, *KINDS[kind]]
+    straight = run_ranks(TARGET, 1, str(tmp_path / "a"), str(data), [], False, settings)[0]
+    parts = [run_ranks(TARGET, 1, str(tmp_path / "b"), str(data), stop, bool(n), settings)[0] for n, stop in enumerate(([7], [13], []))]
+    assert [step for part in parts for step in part["seen"]] == straight["seen"]
+    assert parts[-1]["weights"] == straight["weights"]
+    assert records(tmp_path / "b") == records(tmp_path / "a")
+    flops = json.loads((tmp_path / "b" / "summary.json").read_text())["flops"]
+    assert flops["total"] == pytest.approx(sum(record["flops_step"] for record in records(tmp_path / "b")), rel=1e-12)
+    recipe = Recipe.from_yaml((tmp_path / "b" / "config.yaml").read_text())
+    work = planned(recipe.architecture) if kind == "transformer" else measured(tmp_path / "b").for_recipe(recipe)
+    assert run_flops(recipe, recipe.train.tokens, work) == pytest.approx(flops["model"], rel=1e-9)
+    if kind in ("transformer", "looped"):  # nothing to measure: the plan knows beforehand
+        assert make_plan(recipe).run_flops == pytest.approx(flops["model"], rel=1e-9)
 
 
 def test_two_ranks_resume_exactly(whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
