@@ -94,6 +94,7 @@ class _Run:
     ) -> None:
         from pretrain.agreement import rank, world_size
         from pretrain.engine import build_engine, build_model
+        from pretrain.evaluate import text_bytes_of
         from pretrain.ledger import Ledger, peak_flops
         from pretrain.progress import Progress
         from pretrain.telemetry import Telemetry
@@ -105,6 +106,7 @@ class _Run:
         self.total_steps = recipe.steps(self.length)
         self.total_tokens = self.total_steps * self.step_tokens
         self.loader, self.validation = data
+        self.text_bytes = text_bytes_of(recipe, device)
         self.engine = build_engine(recipe, build_model(recipe, device, mesh), accumulation, mesh)
         torch.manual_seed(recipe.train.seed * world_size() + rank())  # noise of penalties differs by rank; weights are made
         self.ledger = Ledger(recipe.architecture, self.length, recipe.train.recompute)
@@ -256,9 +258,8 @@ class _Run:
 
         def run() -> dict[str, Any]:
             depths, mask = self.recipe.evaluation.iterations, self.recipe.data.mask_documents
-            return evaluate(
-                self.engine, self._watched(self.validation, "validation batch"), depths, self.device, self.mesh, mask_documents=mask
-            )
+            batches = self._watched(self.validation, "validation batch")
+            return evaluate(self.engine, batches, depths, self.device, self.mesh, mask_documents=mask, text_bytes=self.text_bytes)
 
         self.engine.eval()
         try:

@@ -134,6 +134,7 @@ def test_a_layout_equals_one_process(outcomes: Outcomes, ranks: int, index: int)
             assert told["steps"][0][1] == pytest.approx(want["steps"][0][1], rel=5e-3), "the first norm, before anything drifts"
         for depth, loss in told["report"]["loss"].items():
             assert loss == pytest.approx(want["report"]["loss"][depth], rel=bound), depth
+            assert told["report"]["bits_per_byte"][depth] == pytest.approx(want["report"]["bits_per_byte"][depth], rel=bound), depth
         assert told["report"]["loss"].keys() == want["report"]["loss"].keys()
     got = load_file(outcomes.folder / f"{ranks}-{index}.safetensors")
     assert got.keys() == weights.keys()
