@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from launchers.commands import bench, compare, data, demo, doctor, evaluate, launch, plan, train
+from launchers.commands import bench, compare, data, demo, doctor, evaluate, launch, plan, study, sweep, train
 from launchers.output import print_error, print_note
 from pretrain.errors import Refusal, RunStopped
 
@@ -54,6 +54,8 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("train", epilog=train.EPILOG)(train.command)
+app.command("sweep", epilog=sweep.EPILOG)(sweep.command)
+app.command("study", epilog=study.EPILOG)(study.command)
 app.add_typer(launch.app, name="launch")
 app.command("evaluate", epilog=evaluate.EPILOG)(evaluate.command)
 app.command("compare", epilog=compare.EPILOG)(compare.command)

@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.cost import Flops, Memory, count_parameters, flops, held_parameters, planned
+from model.cost import Flops, count_parameters, flops, planned
+from model.memory import Memory, held_parameters
 from pretrain.config import Recipe
 from pretrain.errors import Refusal
 from pretrain.gpus import GPUS, Gpu
@@ -116,7 +117,7 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: Gpu = GPUS["h100"]) 
     expected = _expected(recipe)
     tokens_per_step, steps = recipe.train.global_batch * length, recipe.steps(length)
     counts = sorted({*map(float, LOOPS if recipe.model.loops else ITERATIONS), expected}) if expected is not None else [None]
-    rows = [_row(recipe, length, count, count == expected) for count in counts]
+    rows = [_row(recipe, length, count) for count in counts]
     training = next(row.training for row in rows if row.iterations == expected)
     stages = _stages(recipe, layout)
     return Plan(
@@ -170,12 +171,11 @@ def _expected(recipe: Recipe) -> float | None:
     """Iterations of the solver, or of the loop on average, that the plan counts on; None where nothing iterates."""
     if recipe.model.solves:
         return recipe.solver.expected_iterations
-    work = planned(recipe.architecture)
-    return work.evaluations + work.applications if recipe.model.loops else None
+    return float(recipe.loop.iterations) if recipe.model.loops else None
 
 
-def _row(recipe: Recipe, length: int, iterations: float | None, expected: bool) -> FlopsRow:
-    count, work = 0.0 if iterations is None else iterations, planned(recipe.architecture, None if expected else iterations)
+def _row(recipe: Recipe, length: int, iterations: float | None) -> FlopsRow:
+    count, work = 0.0 if iterations is None else iterations, planned(recipe.architecture, iterations)
     step = flops(
         recipe.architecture,
         length,

@@ -231,7 +231,10 @@ class LoopConfig:
     def __post_init__(self) -> None:
         _require(self.core >= 1, f"loop.core must be at least 1, not {self.core}.")
         _require(self.coda >= 0, f"loop.coda must not be negative, not {self.coda}.")
-        _require(self.iterations >= 1, f"loop.iterations must be at least 1, not {self.iterations}.")
+        _require(
+            1 <= self.iterations <= 500,  # far beyond, exp(-mean) is 0 and Poisson's distribution cannot be summed
+            f"loop.iterations must lie in 1 ... 500, not {self.iterations}.",
+        )
         _require(self.backprop is None or self.backprop >= 1, f"loop.backprop must be at least 1 or left out, not {self.backprop}.")
 
 
@@ -251,6 +254,17 @@ class ModelConfig:
             not self.model.loops or looped <= self.model.backbone_layers,
             f"model.backbone_layers={self.model.backbone_layers} counts all blocks of a {self.model.kind}, and loop.core={self.loop.core} "
             f"with loop.coda={self.loop.coda} makes {looped}: raise the former, or lower one of the latter.",
+        )
+
+        injection = self.attractor.injection
+        _require(
+            self.model.kind != "attractor" or injection != "init_only" or self.start == "proposal",
+            f"attractor.injection=init_only sees the proposal as the start alone, which solver.start={self.solver.start} replaces: the "
+            "model would not see its input. Leave solver.start out, or choose another injection.",
+        )
+        _require(
+            self.model.kind != "deq" or injection == "additive",
+            f"attractor.injection={injection} is the attractor's: a deq (model.kind=deq) adds its input at every iteration. Leave it out.",
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a model in closed form, as functions of the solver's iterations and of how ranks divide it. No torch.
+"""Parameters and FLOPs of a model in closed form, as functions of the iterations of its solver or loop. No torch.
 
 Conventions, so that the figures can be checked (tests hold them to torch's FlopCounterMode):
 - A matrix product of [m, k] by [k, n] is 2 m k n. Norms, gates, rotary, softmax, mixing and embedding look-ups count nothing.
@@ -62,7 +62,7 @@ class Flops:
         return sum(asdict(self).values())
 
 
-def _matrices(config: BackboneConfig) -> int:
+def block_matrices(config: BackboneConfig) -> int:
     """Parameters of the matrices of one block."""
     attention = config.width * config.head_dim * (2 * config.heads + 2 * config.key_value_heads)
     return attention + (3 if config.mlp == "swiglu" else 2) * config.width * config.hidden
@@ -73,7 +73,7 @@ def _gates(config: BackboneConfig, blocks: range) -> int:
     return sum(config.has_value_embedding(layer) for layer in blocks) * config.value_gate_channels * config.key_value_heads
 
 
-def _ends(config: ModelConfig) -> int:
+def loop_matrices(config: ModelConfig) -> int:
     """Parameters of a loop's matrices B and C."""
     return 2 * config.model.width**2 if config.model.kind == "parcae" else 0
 
@@ -94,11 +94,11 @@ def _injection(config: ModelConfig) -> str:
     return config.attractor.injection if config.model.kind == "attractor" else "additive"
 
 
-def _merge(config: ModelConfig) -> int:
+def merge_matrix(config: ModelConfig) -> int:
     return 2 * config.model.width**2 if _injection(config) == "concat" else 0
 
 
-def _solved_vectors(config: ModelConfig) -> int:
+def solved_vectors(config: ModelConfig) -> int:
     """Parameters of the vectors of a solved map: two norms and two gates a block, and a deq's norms of input and state."""
     return (config.attractor.layers * 4 + (2 if config.model.kind == "deq" else 0)) * config.model.width
 
@@ -111,11 +111,11 @@ def count_parameters(config: ModelConfig) -> Parameters:
     table = m.vocabulary_size * m.width
     blocks = range(m.backbone_layers)
     value_tables = sum(map(m.has_value_embedding, blocks)) * m.vocabulary_size * m.key_value_heads * m.head_dim
-    backbone_matrices = len(blocks) * _matrices(m) + _gates(m, blocks) + _ends(config)
+    backbone_matrices = len(blocks) * block_matrices(m) + _gates(m, blocks) + loop_matrices(config)
     attractor_matrices = attractor = 0
     if m.solves:
-        attractor_matrices = config.attractor.layers * _matrices(m) + _merge(config)
-        attractor = attractor_matrices + _solved_vectors(config)
+        attractor_matrices = config.attractor.layers * block_matrices(m) + merge_matrix(config)
+        attractor = attractor_matrices + solved_vectors(config)
     vectors = (2 * len(blocks) + 1 + (3 if m.kind == "parcae" else 0)) * m.width  # the final norm; a prelude norm, A and dt
     head = 0 if m.tied_embeddings else table
     return Parameters(
@@ -144,18 +144,16 @@ class Work:
 def planned(config: ModelConfig, iterations: float | None = None) -> Work:
     """What a training step is expected to do, or does with that many iterations of the solver or of the loop.
 
-    Of a Poisson loop the expectation is exact: of n = max(1, Poisson) iterations, min(n, backprop) have gradients.
+    A Parcae's iterations are the mean of the Poisson numbers n it draws; of max(1, n) iterations, min(n, backprop) have gradients.
     """
     m, loop = config.model, config.loop
     if m.loops:
-        if m.kind == "looped" or loop.backprop is None or iterations is not None:
-            count = float(loop.iterations if iterations is None else iterations)
-            if m.kind == "parcae" and iterations is None:
-                count = _poisson_mean(loop.iterations, 10**6)
-            kept = count if m.kind == "looped" or loop.backprop is None else min(count, loop.backprop)
-            return Work(count - kept, kept, 0.0)
-        kept = _poisson_mean(loop.iterations, loop.backprop)
-        return Work(_poisson_mean(loop.iterations, 10**6) - kept, kept, 0.0)
+        mean = float(loop.iterations if iterations is None else iterations)
+        if m.kind == "looped":
+            return Work(0.0, mean, 0.0)
+        count = _poisson_mean(mean)
+        kept = count if loop.backprop is None else _poisson_mean(mean, loop.backprop)
+        return Work(count - kept, kept, 0.0)
     if not m.solves:
         return Work(0.0, 0.0, 0.0)
     evaluations = config.solver.expected_iterations if iterations is None else iterations
@@ -163,7 +161,7 @@ def planned(config: ModelConfig, iterations: float | None = None) -> Work:
     return Work(float(evaluations), float(applications), implied_products(config))
 
 
-def _poisson_mean(mean: float, most: int) -> float:
+def _poisson_mean(mean: float, most: int = 10**6) -> float:
     """E[min(most, max(1, n))] for n ~ Poisson(mean): the sum of the chances of at least 1, 2, ... most."""
     chance, below = math.exp(-mean), math.exp(-mean)  # of n = k; of n <= k
     total = 1.0
@@ -194,11 +192,11 @@ def flops(
     core = _core(config)
     once = [layer for layer in range(m.backbone_layers) if layer not in core]  # blocks that run once
     gates = _gates(m, range(m.backbone_layers)) - _gates(m, core)
-    backbone = 2.0 * (len(once) * _matrices(m) + gates + _ends(config))
+    backbone = 2.0 * (len(once) * block_matrices(m) + gates + loop_matrices(config))
     backbone_attention = len(once) * attention
     head = 2.0 * (m.vocabulary_size or 0) * m.width
     inside = config.attractor.layers if m.solves else len(core)  # blocks of f
-    f_matmul = 2.0 * (inside * _matrices(m) + _gates(m, core) + (_merge(config) if m.solves else 0))
+    f_matmul = 2.0 * (inside * block_matrices(m) + _gates(m, core) + (merge_matrix(config) if m.solves else 0))
     f_attention = inside * attention
     f = f_matmul + f_attention
     if not training:
@@ -211,8 +209,8 @@ def flops(
     last = 2.0 * m.hidden * m.width  # recomputation stops before a block's last product: nothing saved it
     skipped = len(once) * last
     f_again = f - (inside * last if m.loops else 0)  # an attractor is recomputed as a whole, a loop block by block
-    ends = 2.0 * _ends(config)  # B and C are kept
-    again = (backbone - ends - skipped + backbone_attention + (applications * f_again if recomputable else 0)) if recompute else 0
+    kept = 2.0 * loop_matrices(config)  # B and C are not recomputed
+    again = (backbone - kept - skipped + backbone_attention + (applications * f_again if recomputable else 0)) if recompute else 0
     return Flops(
         head_forward=head,
         head_backward=2 * head,
@@ -230,152 +228,3 @@ def implied_products(config: ModelConfig) -> float:
     if not config.model.solves:
         return 0
     return {"neumann": float(config.gradient.steps), "adjoint": config.solver.expected_iterations}.get(config.gradient.mode, 0.0)
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a rank holds of a model: blocks first:stop of the backbone (a loop's prelude) and which of its ends, cut over `tensor` ranks."""
-
-    first: int
-    stop: int
-    start: bool
-    """The token embedding."""
-    end: bool
-    """Attractor or loop and coda, final norm and unembedding: a second copy of a tied table, where `start` is elsewhere."""
-    tensor: int = 1
-    sequence_parallel: bool = False
-    in_flight: int = 1
-    """Micro-batches whose activations are kept at once."""
-
-
-def whole(config: ModelConfig) -> Share:
-    """One rank that holds everything."""
-    return Share(0, config.prelude, start=True, end=True)
-
-
-@dataclass(frozen=True)
-class Held:
-    """Parameters on one rank: its part of those that tensor ranks divide, and those that every tensor rank has."""
-
-    divided: int
-    replicated: int
-    backbone_matrices: int
-    """Of the divided ones, those that Muon updates."""
-
-    @property
-    def total(self) -> int:
-        return self.divided + self.replicated
-
-
-def held_parameters(config: ModelConfig, share: Share) -> Held:
-    """Parameters of one rank, exactly. Tensor ranks divide every matrix but the merge of a concat injection and a loop's B and C, and
-    repeat vectors."""
-    m, held = config.model, list(range(share.first, share.stop))
-    if share.end and m.loops:
-        held += range(config.prelude, m.backbone_layers)
-    rows, tables = m.vocabulary_size or 0, sum(map(m.has_value_embedding, held))
-    matrices = len(held) * _matrices(m)
-    divided = matrices + tables * (m.value_gate_channels * m.key_value_heads + rows * m.key_value_heads * m.head_dim)
-    divided += rows * m.width * (share.start + (share.end and not (share.start and m.tied_embeddings)))
-    replicated = len(held) * 2 * m.width
-    if share.end:
-        replicated += m.width + (_ends(config) + 3 * m.width if m.kind == "parcae" else 0)
-    if share.end and m.solves:
-        divided += config.attractor.layers * _matrices(m)
-        replicated += _solved_vectors(config) + _merge(config)
-    return Held(divided // share.tensor, replicated, matrices // share.tensor)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one rank. Activations and solver are estimates (see activation_bytes); the rest is exact up to padding."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    solver: float
-
-    @property
-    def total(self) -> float:
-        return sum(asdict(self).values())
-
-
-def memory(
-    config: ModelConfig,
-    sequence_length: int,
-    micro_batch: int,
-    *,
-    bytes_per_value: int,
-    zero: int,
-    data_ranks: int,
-    recompute: bool = False,
-    share: Share | None = None,
-    muon: bool = False,
-    average: bool = False,
-) -> Memory:
-    """Bytes on one of data_ranks ranks that hold `share` (None: the whole model) under ZeRO stage `zero`.
-
-    Gradients are fp32. The optimizer holds fp32 master weights (of fp32 weights DeepSpeed makes a copy under ZeRO 1 and 2 alone), two
-    moments, of backbone matrices with `muon` one, an `average` if kept. ZeRO 1 divides it, 2 the gradients too, 3 the weights too.
-    """
-    share = share or whole(config)
-    held = held_parameters(config, share)
-    master = 4 if bytes_per_value == 2 or zero in (1, 2) else 0
-    ranks = [1 if zero < stage else data_ranks for stage in (1, 2, 3)]
-    tokens = micro_batch * sequence_length
-    solving = share.end and config.model.solves
-    return Memory(
-        weights=held.total * bytes_per_value / ranks[2],
-        gradients=held.total * 4 / ranks[1],
-        optimizer=(held.total * (master + 8 + 4 * average) - 4 * muon * held.backbone_matrices) / ranks[0],
-        activations=tokens * activation_bytes(config, bytes_per_value, recompute=recompute, share=share),
-        solver=4.0 * _solver_copies(config) * tokens * config.model.width / share.tensor if solving else 0.0,
-    )
-
-
-def _solver_copies(config: ModelConfig) -> int:
-    """fp32 tensors as large as the state: y, f, r, the previous f and r, and a pair of differences for every step of history. An
-    adjoint solve has a longer history (model.implicit), and runs when the other is done."""
-    if config.solver.method != "anderson":
-        return 5
-    history = config.solver.history
-    return 5 + 2 * (max(4, history) if config.gradient.mode == "adjoint" else history)
-
-
-def activation_bytes(config: ModelConfig, bytes_per_value: int, *, recompute: bool = False, share: Share | None = None) -> float:
-    """Bytes a token of a micro-batch at the height of a step: an estimate of what is saved for backward, within 15 % in tests.
-
-    A block keeps, in units of the width: inputs and outputs of two norms (4), q and k before and after their norms, v, the
-    attention's output as attended and as reshaped (2); the MLP keeps its hidden width twice (relu2: after relu, squared) or
-    four times (swiglu). A gated block adds what its gates multiply (2). Under recomputation blocks keep their inputs, and one
-    block lives at a time. Iterations of the solver keep nothing, those of a loop with gradients everything.
-
-    Tensor ranks divide what lies between matrices of a block. Where tokens are divided (sequence_parallel; always in the
-    attractor) they also divide norm inputs and what gates multiply, but not norm outputs, which matrices read whole. A stage that
-    is not the last keeps what it sends on.
-    """
-    m, share = config.model, share or whole(config)
-    stream = m.width / share.tensor if share.sequence_parallel else float(m.width)
-    block, solved, end = block_values(m, share.tensor, share.sequence_parallel), 0.0, 0.0
-    if share.end:
-        end = (m.width / share.tensor if m.solves else stream) + 2 * m.width  # the final norm's two ends, the head's gradient
-    applications: float
-    if share.end and m.solves:
-        applications = config.gradient.steps if config.gradient.mode == "phantom" and not recompute else 1
-        solved = applications * config.attractor.layers * block_values(m, share.tensor, True, gated=True)
-    layers = share.stop - share.first
-    kept = share.in_flight * (layers * (stream if recompute else block) + (0.0 if share.end else stream))
-    if share.end and m.loops:
-        applications = planned(config).applications
-        solved = (applications * config.loop.core + config.loop.coda) * (stream if recompute else block) + applications * stream
-        kept, solved = (kept + solved, block) if recompute else (kept, solved)
-    living = max(block if layers else 0.0, solved) if recompute else solved
-    return bytes_per_value * (kept + living + end)
-
-
-def block_values(m: BackboneConfig, tensor: int = 1, divided: bool = False, gated: bool = False) -> float:
-    """Values a token that a rank keeps of one block; `divided` are its tokens between matrices."""
-    kv = m.key_value_heads / m.heads
-    inside = m.width * ((1 + kv) * (2 if m.qk_norm else 1) + kv + 2) + (4 if m.mlp == "swiglu" else 2) * m.hidden
-    return 2 * m.width + (4 if gated else 2) * m.width / (tensor if divided else 1) + inside / tensor

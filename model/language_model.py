@@ -61,9 +61,10 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Record]:
         """(mean loss a predicted token, record). The record holds detached scalars: what the step found and what it cost.
 
-        depths: evaluate instead of train, all from one proposal; the loss returned is the last depth's, and the record holds the
-        loss of every token, "nll/<depth>" [b, s], and of every sequence "iterations/", "converged/" and (where something is solved)
-        "proposal_distance/<depth>" [b]. A Transformer has the one depth 0, whatever is asked; a loop's depths are its iterations.
+        depths: evaluate instead of train, all from one proposal; the loss returned is the last depth's, and the record holds the loss of
+        every token, "nll/<depth>" [b, s], and of every sequence "iterations/", (where something is solved) "converged/" and (of an
+        attractor) "proposal_distance/<depth>" [b]. A Transformer has the one depth 0, whatever is asked; a loop's depths are its
+        iterations.
         """
         proposal, context = self.propose(tokens, documents)
         return self.finish(proposal, context, targets, depths)
@@ -101,7 +102,9 @@ class LanguageModel(nn.Module):
             losses = self.tail.cross_entropy_tokens(self._normed(refined.output), self.unembedding, targets.flatten())
             record[f"nll/{depth}"] = losses.view_as(targets)
             if refined.solution is not None:
-                record[f"iterations/{depth}"], record[f"converged/{depth}"] = refined.solution.iterations, refined.solution.converged
+                record[f"iterations/{depth}"] = refined.solution.iterations
+                if isinstance(self.refine, Refine):  # a loop has no tolerance to be within
+                    record[f"converged/{depth}"] = refined.solution.converged
                 if refined.distance is not None:
                     record[f"proposal_distance/{depth}"] = refined.distance
         return losses.sum() / (targets != IGNORE).sum().clamp_min(1), record

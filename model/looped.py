@@ -6,9 +6,9 @@
     looped    h <- core(h + e),   e = prelude;   out = coda(h)
               h starts from zero, loop.iterations times, gradients through all of them.
 
-a, dt are diagonal and 0 < a < 1 whatever their parameters, so the injection is a contraction. Sequences end together: one with fewer
-iterations joins later, so that the last ones, those with gradients, are the same for all, and no iteration is computed for a sequence
-that does not want it. B e and value embeddings do not change from one iteration to the next, and are computed once.
+a, dt are diagonal and 0 <= a < 1 in arithmetic whatever their parameters, so the injection is a contraction. Sequences end together:
+one with fewer iterations joins later, so that the last ones, those with gradients, are the same for all, and no iteration is computed
+for a sequence that does not want it. B e and value embeddings do not change from one iteration to the next, and are computed once.
 Shapes: e, h [b, s, w] (this rank's tokens), in the precision of the weights. Source: arXiv 2604.12946, and the Parcae of arXiv
 2605.12466's code, from which the starting values are: A_log = 0, a = sqrt(1/5), B the identity.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +52,13 @@ class DiagonalInjection(nn.Module):
         nn.init.constant_(self.step_bias, math.log(math.expm1(-math.log(_FIRST_DECAY))))
 
     def decay(self, dtype: torch.dtype) -> Tensor:
-        """a [w], above or at 0 and below 1 in that precision."""
+        """a [w], 0 <= a < 1 in that precision; its gradient is the unrounded number's, so that no channel is stuck at the bound."""
         bias, log = self.shared(self._wide(self.step_bias)), self.shared(self._wide(self.decay_log))
         log_step = torch.where(bias < -15, bias, F.softplus(bias.clamp_min(-15)).log())  # log softplus(x) is x far below 0
         rate = (log + log_step).clamp_max(_LARGEST_LOG_RATE).exp()
-        return torch.exp(-rate).to(dtype).clamp_max(1 - torch.finfo(dtype).eps / 2)
+        exact = torch.exp(-rate)
+        bounded = exact.detach().to(dtype).clamp_max(1 - torch.finfo(dtype).eps / 2)
+        return bounded + (exact - exact.detach()).to(dtype)
 
     def drive(self, e: Tensor) -> Tensor:
         """dt B e [b, s, w]."""
@@ -100,7 +103,7 @@ class Loop(nn.Module):
             e, context, seeds, back = e[rows], context.rows(rows), [seeds[row] for row in order], torch.argsort(rows)
         state, solution, applications = self._run(e, context, seeds, [counts[row] for row in order])
         if back is not None:
-            state, solution = state[back], _rows(solution, back)
+            state, solution = state[back], _in_order(solution, back)
             context = context.rows(back)
         out = state if self.readout is None else self.readout(state)
         return Refined(self.coda(out, context), solution, applications=applications)
@@ -125,7 +128,7 @@ class Loop(nn.Module):
             plain, applied = (plain, applied + active) if learns else (plain + active, applied)
         iterations = torch.tensor(counts, device=e.device)
         none = torch.zeros((), dtype=torch.int64, device=e.device)
-        return state, Solution(state, residual, iterations, residual < self.tolerance, plain, none), applied / len(e)
+        return state, Solution(state.detach(), residual, iterations, residual < self.tolerance, plain, none), applied / len(e)
 
     def _start(self, e: Tensor, context: Context, seeds: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         """(h at the start, what each iteration adds to it, what it multiplies it by)."""
@@ -142,13 +145,7 @@ def _of(value: Tensor | None, part: slice, learns: bool) -> Tensor | None:
     return value[part] if learns else value.detach()[part]
 
 
-def _rows(solution: Solution, index: Tensor) -> Solution:
-    """The same, its sequences in another order."""
-    return Solution(
-        solution.state[index],
-        solution.residual[index],
-        solution.iterations[index],
-        solution.converged[index],
-        solution.evaluations,
-        solution.fallbacks,
-    )
+def _in_order(solution: Solution, index: Tensor) -> Solution:
+    """What it tells of each sequence, in another order."""
+    told = {name: getattr(solution, name)[index] for name in ("state", "residual", "iterations", "converged")}
+    return replace(solution, **told)

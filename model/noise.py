@@ -40,10 +40,13 @@ def sequence_seeds(tokens: Tensor) -> list[int]:
 
 def normal(seeds: list[int], length: int, width: int, std: float, like: Tensor) -> Tensor:
     """Noise [b, s, w] on the device and in the precision of `like`."""
-    noise = torch.empty((len(seeds), length, width), device=like.device, dtype=like.dtype)
-    for row, seed in zip(noise, seeds, strict=True):
+    drawn = sorted(set(seeds))
+    noise = torch.empty((len(drawn), length, width), device=like.device, dtype=like.dtype)
+    for row, seed in zip(noise, drawn, strict=True):
         row.normal_(0.0, std, generator=torch.Generator(like.device).manual_seed(seed))
-    return noise
+    if len(drawn) == 1:
+        return noise.expand(len(seeds), -1, -1)
+    return noise[torch.tensor([drawn.index(seed) for seed in seeds], device=like.device)]
 
 
 def poisson_counts(seeds: list[int], mean: float) -> list[int]:

@@ -1,6 +1,6 @@
 """From proposal to equilibrium: solve y* = f(y*, y0), then make it differentiable.
 
-`Refine` is the one module that contains the loop. An engine that gathers parameters on demand (ZeRO-3) treats it as a leaf:
+`Refine` is the module that contains the solver's loop. An engine that gathers parameters on demand (ZeRO-3) treats it as a leaf:
 its parameters are gathered once a solve, and ranks may take different numbers of iterations.
 
 f is the attractor's map, or that of a deep equilibrium model (model/equilibrium.py); the solve begins at the proposal, at zero or at noise.
@@ -52,6 +52,7 @@ class Refine(nn.Module):
         self.divide, divided = layers.divide, layers.divided()
         self.tokens = divided.tokens
         self.attractor = (Equilibrium if config.model.kind == "deq" else Attractor)(config.model, config.attractor, divided)
+        self.proposes = config.model.kind == "attractor"
         self.begin, self.std = config.start, math.sqrt(2 / (5 * config.model.width))
         self.solver, self.gradient, self.recompute = config.solver, config.gradient, recompute
 
@@ -59,12 +60,12 @@ class Refine(nn.Module):
         """proposal y0 [b, s, w] in any precision.
 
         With gradients on, the output is differentiable and one application deeper than the solve. With gradients off, it is
-        the state after `depth`; depth 0 is the proposal itself, with no solution.
+        the state after `depth`; depth 0 is the proposal itself (a deq, which has none: its start), with no solution.
         """
         y0 = self.start(proposal)
         if not torch.is_grad_enabled():
             state, solution = self._at_depth(y0, context, depth)
-            return Refined(state, solution, distance=relative_residual(state - y0, y0, "norm", self.tokens))
+            return Refined(state, solution, distance=relative_residual(state - y0, y0, "norm", self.tokens) if self.proposes else None)
         solution = self._solve(y0.detach(), context, self.solver)
         attached = attach(lambda y: self.attractor(y, y0, context), solution.state, self.gradient, self.solver, self.recompute, self.tokens)
         applications = self.gradient.steps if self.gradient.mode == "phantom" else 1
@@ -76,7 +77,7 @@ class Refine(nn.Module):
 
     def _at_depth(self, y0: Tensor, context: Context, depth: Depth) -> tuple[Tensor, Solution | None]:
         if depth == 0:
-            return y0, None
+            return y0 if self.proposes else self._beginning(y0, context), None
         if depth == "strict":
             solution = solve_strict(lambda y: self.attractor(y, y0, context), self._beginning(y0, context), self.solver, self.tokens)
         elif depth == "auto":

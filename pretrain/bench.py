@@ -62,7 +62,7 @@ def side_by_side(recipe: Recipe) -> dict[str, Recipe]:
     before = max(1, blocks - solved)
     made: dict[Kind, tuple[int, LoopConfig]] = {
         "transformer": (blocks, recipe.loop),
-        "parcae": (blocks, replace(recipe.loop, core=third, coda=third)),
+        "parcae": (blocks, replace(recipe.loop, core=third, coda=min(third, blocks - third))),
         "looped": (blocks, LoopConfig(core=blocks, coda=0, iterations=2)),
         "deq": (before, recipe.loop),
         "attractor": (before, recipe.loop),

@@ -116,7 +116,7 @@ def _validation(record: dict[str, Any], solves: bool) -> dict[str, Any]:
     kept = ("iterations", "proposal_distance", "converged", "predicted_tokens", "step", "tokens")
     depth = "auto" if "auto" in depths else depths[-1]
     found = {"loss": own_loss(record), "depth": depth, "by_depth": record["loss"], **{key: record.get(key) for key in kept}}
-    return found if solves else {**found, "converged": None}  # loops have no tolerance to be within
+    return found
 
 
 def _iterations(run: RunRecord, window: float) -> dict[str, float] | None:

@@ -163,6 +163,12 @@ class Recipe(Section):
                 f"schedule.warmup={self.schedule.warmup} and schedule.decay={self.schedule.decay} together exceed the whole run: "
                 "the two shares may add up to 1 at most."
             )
+        if self.train.compile and self.layout.zero == 3 and self.model.loops:
+            raise ValueError(
+                "train.compile=true cannot be combined with layout.zero=3 for a model that loops: ranks whose sequences loop differently "
+                "often then gather parameters differently often, and wait for each other without end (seen with DeepSpeed 0.19.8). Use "
+                "layout.zero=1 or 2, or train.compile=false."
+            )
         if self.train.compile and self.gradient.jacobian_penalty:
             raise ValueError(
                 "train.compile=true cannot be combined with gradient.jacobian_penalty: the penalty is differentiated twice, which "

@@ -195,7 +195,8 @@ def evaluate_core_run(
     path, cache = recipe.sources[0][0], recipe.data.cache
     manifest = open_manifest(path, cache)
     length = recipe.data.sequence_length or manifest.sequence_length
-    used: Depth = recipe.evaluation.iterations[-1] if depth is None else depth
+    listed = recipe.evaluation.iterations
+    used: Depth = depth if depth is not None else "auto" if "auto" in listed else listed[-1]
     subject = Subject(
         model=loaded.model,
         tokenizer=open_tokenizer(tokenizer_file(path, cache)),

@@ -5,20 +5,32 @@ the logged steps alone. FLOPs by part are linear in the work:
 
     evaluations = (solve a token) / (solve a token at one evaluation), and so on part by part
 
-The means carry over to another recipe of the same kind, gradient and loop: those decide how much of the work there is.
+The means carry over to another recipe of the same kind and loop, or of the same map, solver and gradient: those decide how much of the
+work there is. Width, depth and data decide too, within limits that a user must judge.
 Refused: a folder that holds no finished run, a run of a model that iterates nothing.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from model.config import SolverConfig
 from model.cost import Flops, Work, flops
 from pretrain.config import Recipe
 from pretrain.errors import Refusal
 from pretrain.run_folder import CONFIG, SUMMARY
+
+_UNLIKE = ("expected_iterations", "compaction")
+"""Keys of the solver that change no number of evaluations."""
+_LOOP = ("model.kind", "loop.iterations", "loop.backprop")
+_SOLVED = (
+    "model.kind",
+    *(f"gradient.{key}" for key in ("mode", "steps", "tolerance", "max_iterations")),
+    "attractor.injection",
+    *(f"solver.{field.name}" for field in fields(SolverConfig) if field.name not in _UNLIKE),
+)
 
 
 @dataclass(frozen=True)
@@ -31,14 +43,13 @@ class Measured:
 
     def for_recipe(self, other: Recipe) -> Work:
         """The work, for another recipe of that kind. Raises Refusal where the other's sections say that it does other work."""
-        section = "loop" if other.model.loops else "gradient"
-        keys = ("iterations", "backprop") if other.model.loops else ("mode", "steps")
-        for key in keys:
-            own, its = getattr(getattr(self.recipe, section), key), getattr(getattr(other, section), key)
+        for dotted in _LOOP if other.model.loops else _SOLVED:
+            section, _, key = dotted.partition(".")
+            own, its = (getattr(getattr(recipe, section), key) for recipe in (self.recipe, other))
             if own != its:
                 raise Refusal(
-                    f"The run {self.run} was measured with {section}.{key}={own}, and the recipe {other.run.name!r} has "
-                    f"{section}.{key}={its}: its work would be another. Measure a run with the same, or state --iterations."
+                    f"The run {self.run} was measured with {dotted}={own}, and the recipe {other.run.name!r} has {dotted}={its}: its work "
+                    "would be another. Measure a run with the same, or state --iterations."
                 )
         return self.work
 

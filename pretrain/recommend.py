@@ -105,6 +105,8 @@ def _legal(section: LayoutSection, recipe: Recipe) -> bool:
         refuse_illegal(section, recipe.architecture, recipe.data.sequence_length)
     except ValueError:
         return False
+    if section.zero == 3 and recipe.train.compile and recipe.model.loops:  # see Recipe
+        return False
     return section.tensor == 1 or not recipe.gradient.jacobian_penalty
 
 

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from model.cost import Share, block_values, flops, held_parameters, implied_products, planned
+from model.cost import flops, implied_products, planned
+from model.memory import Share, block_values, held_parameters
 from pretrain import gpus
 from pretrain.config import Recipe
 from pretrain.gpus import Gpu

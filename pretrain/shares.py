@@ -1,7 +1,7 @@
 """What a rank of each pipeline stage holds of a recipe's model, and the bytes that takes. No torch.
 
 Blocks as pretrain/partition.py deals them out; embedding on the first stage, attractor, final norm and unembedding on the last. Under
-1F1B stage p of P keeps the activations of at most P - p micro-batches. Sizes and formulas are model/cost.py's.
+1F1B stage p of P keeps the activations of at most P - p micro-batches. Sizes and formulas are model/memory.py's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from model.config import ModelConfig
-from model.cost import Memory, Share, memory
+from model.memory import Memory, Share, memory
 from pretrain.config import Recipe
 from pretrain.layout import Layout
 from pretrain.partition import Stage, partition

@@ -47,7 +47,8 @@ class StepResult:
     """Mean solver iterations of this rank's own micro-batches: the tensor ranks of a stage must agree on them."""
     solver: dict[str, float] | None
     """Means a sequence: solver_iterations, solver_evaluations (without gradients), applications (with), products, solver_converged,
-    solver_fallbacks; and the worst solver_residual. A loop tells the same of its iterations."""
+    solver_fallbacks; and the worst solver_residual. A loop tells the same of its iterations; converged is then
+    a sequence whose last one changed the state by less than solver.tolerance."""
 
 
 def to_device(batch: Batch, device: torch.device, mask_documents: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -128,9 +128,7 @@ def _show_models(rows: list[Row]) -> None:
             size(row["saved_bytes"]),
         )
     console().print(table)
-    console().print(
-        "f, grad.: the map or the looped blocks, how often a sequence without and with gradients", style="dim"
-    )
+    console().print("f, grad.: the map or the looped blocks, how often a sequence without and with gradients", style="dim")
     console().print("peak: of the process or the GPU's allocator. saved: what autograd keeps for backward", style="dim")
 
 

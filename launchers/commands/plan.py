@@ -49,7 +49,7 @@ _KINDS = {
     "matmul": "in matrix products of blocks: they cost FLOPs",
     "embedding": "token table, tied to the unembedding",
     "value_embedding": "value-embedding tables: looked up, no FLOPs",
-    "backbone": "blocks that propose y0",
+    "backbone": "blocks that propose y0; of a loop, all",
     "attractor": "blocks of the solved map",
     "head": "an untied unembedding",
 }
@@ -221,7 +221,7 @@ def _layout(plan: Plan) -> Table:
     table.add_row("pipeline", str(axes["pipeline"]), stages)
     states = ("nothing but the batch", "optimizer state (ZeRO 1)", "optimizer state and gradients (ZeRO 2)", "all that is stored (ZeRO 3)")
     table.add_row("data", str(axes["data"]), states[plan.zero] if axes["data"] > 1 else "")
-    tokens = "all tokens between them" if axes["sequence_parallel"] else "the solver's tokens" if plan.kind == "attractor" else ""
+    tokens = "all tokens between them" if axes["sequence_parallel"] else "the solver's tokens" if plan.kind in ("attractor", "deq") else ""
     table.add_row("tensor", str(axes["tensor"]), f"the matrices{', ' * bool(tokens)}{tokens}" if axes["tensor"] > 1 else "")
     return table
 

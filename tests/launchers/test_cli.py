@@ -32,6 +32,8 @@ COMMANDS = [
     ("data", "stats"),
     ("plan",),
     ("train",),
+    ("sweep",),
+    ("study",),
     ("launch", "slurm"),
     ("launch", "k8s"),
     ("launch", "hostfile"),

@@ -84,7 +84,7 @@ def test_examples_of_the_help_are_legal(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_template_is_used() -> None:
-    assert {file.name for file in TEMPLATES.iterdir()} == {"slurm.sh", "kubernetes.yaml", "hostfile.txt"}
+    assert {file.name for file in TEMPLATES.iterdir()} == {"slurm.sh", "slurm-array.sh", "kubernetes.yaml", "hostfile.txt"}
 
 
 class TestSlurm:

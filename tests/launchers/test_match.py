@@ -43,7 +43,7 @@ def test_the_overrides_make_the_runs_of_the_table(quantity: str) -> None:
         assert plan.parameters == row["parameters"]
         assert (plan.batch["tokens"], plan.batch["steps"]) == (row["tokens"], row["steps"])
         assert plan.run_flops == pytest.approx(row["flops"]["model"], rel=1e-9)
-        assert plan.expected_iterations == row["iterations"]
+        assert plan.expected_iterations == (None if row["iterations"] is None else pytest.approx(row["iterations"], rel=1e-3))
 
 
 @pytest.mark.parametrize(("quantity", "within"), [("flops", 1e-3), ("tokens", 1e-12), ("total", 0.01), ("matmul", 0.01)])
@@ -77,7 +77,12 @@ def test_stated_iterations_go_to_a_recipe_or_to_a_kind() -> None:
 
     assert iterations()[:2] == [6, 8]
     assert iterations("--iterations", "attractor=4.5") == [4.5, 4.5, pytest.approx(8, abs=0.001), None]
-    assert iterations("--iterations", "attractor=4.5", "--iterations", "attractor-370m=5", "--iterations", "parcae=6") == [4.5, 5, 6, None]
+    assert iterations("--iterations", "attractor=4.5", "--iterations", "attractor-370m=5", "--iterations", "parcae=6") == [
+        4.5,
+        5,
+        pytest.approx(6, abs=0.01),  # max(1, n): none loops less than once
+        None,
+    ]
 
 
 def test_fewer_iterations_leave_the_others_fewer_tokens() -> None:
@@ -87,7 +92,7 @@ def test_fewer_iterations_leave_the_others_fewer_tokens() -> None:
 
 
 def test_measured_runs_speak_for_their_kind(tmp_path: Path) -> None:
-    solved = run_folder(tmp_path / "solved", load_recipe("demo", ["gradient.mode=neumann"]), [Work(16, 1, 1), Work(5, 1, 1)])
+    solved = run_folder(tmp_path / "solved", load_recipe("attractor-140m"), [Work(16, 1, 1), Work(5, 1, 1)])
     looped = run_folder(tmp_path / "looped", load_recipe("edu-1m-parcae"), [Work(4.5, 3.5, 0)])
     rows = document("--match", "flops", *TRIO, "--measured", str(solved), "--measured", str(looped))["rows"]
     assert [row["iterations"] for row in rows] == [10.5, 8, None]

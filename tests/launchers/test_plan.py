@@ -112,7 +112,7 @@ def test_every_recipe_has_a_plan_of_a_cut_model(name: str) -> None:
     first, last = plan.stages
     assert (first.ranks, last.ranks) == ([0, 7], [8, 15])
     assert [first.blocks[0], first.blocks[1], last.blocks[1]] == [0, last.blocks[0], recipe.architecture.prelude]
-    assert (first.holds, last.holds) == (["embedding"], _ENDS.get(plan.kind, []) + ["norm", "head"])
+    assert (first.holds, last.holds) == (["embedding"], [*_ENDS.get(plan.kind, []), "norm", "head"])
     dealt = partition(recipe.architecture, plan.sequence_length, 2, recompute=recipe.train.recompute)
     assert [(stage.blocks, stage.flops) for stage in plan.stages] == [([stage.first, stage.stop], stage.flops) for stage in dealt]
     row = next(row for row in plan.flops if row.iterations == plan.expected_iterations)

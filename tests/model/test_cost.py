@@ -11,8 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
-from model.cost import Flops, activation_bytes, count_parameters, flops, held_parameters, memory, whole
+from model.cost import Flops, count_parameters, flops
 from model.language_model import build
+from model.memory import activation_bytes, held_parameters, memory, whole
 from tests.model.support import configuration, random_tokens
 
 BATCH, LENGTH = 2, 8

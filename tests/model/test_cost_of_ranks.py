@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.cost import Share, activation_bytes, count_parameters, held_parameters, memory, whole
+from model.cost import count_parameters
 from model.language_model import LanguageModel, build
 from model.layers import Layers, PlainLayers
+from model.memory import Share, activation_bytes, held_parameters, memory, whole
 from tests.model.support import random_tokens
 from tests.model.test_cost import BATCH, LENGTH, config_with, options
 from tests.model.test_memory import saved_bytes

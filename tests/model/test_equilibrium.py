@@ -50,6 +50,8 @@ def test_the_state_is_hidden_starts_at_zero_and_is_solved_for() -> None:
         torch.testing.assert_close(refined.output, iterated(refine, x, context), rtol=1e-10, atol=1e-10)
         first = refine(x, context, 1).output
         torch.testing.assert_close(first, refine.attractor(torch.zeros_like(x), x, context), rtol=0, atol=0)
+        assert torch.equal(refine(x, context, 0).output, torch.zeros_like(x))
+    assert refined.distance is None, "there is no proposal to be near to"
     assert refined.solution is not None
     assert refined.solution.converged.all()
     # post-norm: with gains of 1 every token of the state has an rms of 1, whatever the input's scale
@@ -86,6 +88,13 @@ def test_a_pure_deq_needs_no_backbone_and_either_head(tied: bool) -> None:
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert missing == []
     assert float(record["solver_iterations"]) > 1
+
+
+def test_sections_that_would_be_ignored_in_silence_are_refused() -> None:
+    with pytest.raises(ValueError, match="init_only sees the proposal as the start alone"):
+        configuration(attractor={"injection": "init_only"}, solver={"start": "noise"})
+    with pytest.raises(ValueError, match="injection=concat is the attractor's: a deq"):
+        deq(attractor={"injection": "concat"})
 
 
 @pytest.mark.parametrize("start", ["zero", "noise", "proposal"])

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.attention import make_context
 from model.config import BackboneConfig, LoopConfig, ModelConfig
 from model.language_model import LanguageModel, build
 from model.layers import PlainLayers
@@ -180,8 +179,21 @@ def test_the_injection_contracts_whatever_its_parameters(values: list[tuple[floa
     assert torch.linalg.matrix_norm(torch.diag(decay.double()), 2) < 1
     assert (decay >= 0).all()
     decay.float().sum().backward()
-    assert injection.step_bias.grad is not None
-    assert injection.step_bias.grad.isfinite().all()
+    for parameter in (injection.step_bias, injection.decay_log):
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+def test_a_channel_that_rounds_to_the_bound_still_learns() -> None:
+    injection = DiagonalInjection(1, PlainLayers())
+    with torch.no_grad():
+        injection.step_bias.fill_(-6)  # a = 0.9975, which bf16 rounds to 1
+    decay = injection.decay(torch.bfloat16)
+    assert float(decay.detach()) == 1 - 2**-8
+    decay.float().sum().backward()
+    exact = math.log1p(math.exp(-6))
+    assert injection.decay_log.grad is not None
+    torch.testing.assert_close(float(injection.decay_log.grad), -exact * math.exp(-exact), rtol=1e-2, atol=0)
 
 
 def test_first_values_are_the_published_ones() -> None:
@@ -215,11 +227,24 @@ def test_draws_follow_from_the_tokens_alone() -> None:
     assert abs(float(noise.std()) - 0.5) < 0.02
 
 
-def test_a_batch_is_its_sequences() -> None:
-    model, tokens = stir(build(config("parcae"), dtype=torch.float64)), random_tokens(BATCH, LENGTH, seed=3)
-    whole, _ = model(tokens, tokens)
-    parts = [model(row[None], row[None])[0] for row in tokens]
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_batch_is_its_sequences(masked: bool) -> None:
+    model, tokens = stir(build(config("parcae"), dtype=torch.float64)), random_tokens(BATCH, LENGTH, seed=4)
+    assert len(set(drawn(model, tokens))) > 2, "all sequences loop equally often: nothing is sorted"
+    documents = [torch.arange(LENGTH) // (row + 2) if masked else None for row in range(BATCH)]  # another mask for every row
+    whole, _ = model(tokens, tokens, torch.stack(documents) if masked else None)  # type: ignore[arg-type]
+    parts = [model(row[None], row[None], None if mask is None else mask[None])[0] for row, mask in zip(tokens, documents, strict=True)]
     torch.testing.assert_close(whole, torch.stack(parts).mean(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["parcae", "looped"])
+def test_recomputation_changes_no_gradient(kind: str) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model, tokens = build(config(kind), dtype=torch.float64, recompute=recompute), random_tokens(BATCH, LENGTH, seed=4)
+        model(tokens, tokens, tokens % 3)[0].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(*gradients, strict=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["parcae", "looped", "deq"])
@@ -240,11 +265,11 @@ def test_the_parts_of_a_loop_must_fit_the_blocks() -> None:
     assert ModelConfig(BackboneConfig(kind="transformer", backbone_layers=1)).prelude == 1  # nothing loops, nothing to fit
 
 
-def test_masked_documents_reach_the_looped_blocks() -> None:
+def test_masked_documents_stay_apart_in_the_looped_blocks() -> None:
     model, tokens = build(config("parcae"), dtype=torch.float64), random_tokens(BATCH, LENGTH, seed=3)
-    documents = torch.zeros_like(tokens)
-    documents[:, 4:] = 1
-    proposal, context = model.propose(tokens, documents)
-    assert not torch.equal(
-        loop_of(model)(proposal, context).output, loop_of(model)(proposal, make_context(model.config.model, tokens, None)).output
-    )
+    documents = (torch.arange(LENGTH) >= 4).long().expand(BATCH, -1)
+    other = tokens.clone()
+    other[:, :4] = (other[:, :4] + 1) % 64
+    before, after = model.logits(tokens, documents), model.logits(other, documents)
+    assert torch.equal(before[:, 4:], after[:, 4:])
+    assert not torch.equal(model.logits(tokens)[:, 4:], model.logits(other)[:, 4:])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from model.config import BackboneConfig, ModelConfig, SolverConfig
-from model.cost import activation_bytes
 from model.language_model import LanguageModel, build
+from model.memory import activation_bytes
 from tests.model.support import configuration, random_tokens
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model import loss
-from model.cost import flops, held_parameters
+from model.cost import flops
+from model.memory import held_parameters
 from pretrain import gpus
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import Refusal
