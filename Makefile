@@ -36,6 +36,7 @@ format: install
 
 bench: install
 	@$(BIN)/attractor bench step
+	@$(BIN)/attractor bench models
 	@$(BIN)/attractor bench data
 
 install: $(STAMP)
