@@ -83,6 +83,14 @@ def test_sizes_computed_by_hand(name: str) -> None:
     assert count_parameters(recipe.architecture).total == parameters
 
 
+@pytest.mark.parametrize(("name", "width", "blocks"), [("140m", 768, 6), ("370m", 1024, 12), ("770m", 1280, 18), ("1.3b", 1536, 24)])
+def test_a_transformer_without_value_embeddings_is_its_table_and_its_blocks(name: str, width: int, blocks: int) -> None:
+    recipe = load_recipe(f"transformer-{name}", ["model.value_embeddings=false"])
+    parameters = sum(parameter.numel() for parameter in build(recipe.architecture, device="meta").parameters())
+    assert parameters == VOCABULARY * width + blocks * (12 * width**2 + 2 * width) + width
+    assert count_parameters(recipe.architecture).total == parameters
+
+
 def test_every_shipped_recipe_is_covered() -> None:
     assert set(recipe_names()) == {*PUBLISHED, *BY_HAND, *OURS}
 
