@@ -117,7 +117,13 @@ class Study(Section):
                 raise ValueError(
                     f"layouts.{gpus} must give overrides, or [], for each of {', '.join(self.models)}, not for {', '.join(layout)}."
                 )
-        _ = self.order
+        by_name = {arm.name: arm for arm in self.order}
+        for arm in self.arms:
+            if isinstance(arm.tokens, Times) and by_name[arm.tokens.of].source is not None:
+                raise ValueError(
+                    f"The tokens of {arm.name} are a multiple of those of {arm.tokens.of}, which follow from another arm: name an arm "
+                    "whose tokens are a number."
+                )
         return self
 
     @property

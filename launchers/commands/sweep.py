@@ -65,7 +65,8 @@ def command(
     recipes = check(sweep.members, procs)
     if slurm:
         jobs = [Job(member.name, member.words, member.run) for member in sweep.members]
-        sys.stdout.write(array(sweep.name, jobs, 1, procs, ["sweep", recipe, *(overrides or []), "--out", str(sweep.out)]))
+        table = ["sweep", recipe, *(overrides or []), "--procs", str(procs), "--out", str(sweep.out)]
+        sys.stdout.write(array(sweep.name, jobs, 1, procs, table))
         return
     codes = _train(sweep, procs)
     rows = [row(*parts) for parts in zip(sweep.settings, sweep.members, recipes, codes, strict=True)]

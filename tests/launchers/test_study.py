@@ -198,6 +198,10 @@ class TestRefusals:
             ({"name": "attractor-N", "model": "attractor", "tokens": 1e6}, "two arms named attractor-N"),
             ({"name": "new", "model": "attractor", "tokens": {"half_of": "attractor-N"}}, "arms.5.tokens must be a number above 0, {times"),
             ({"name": "new", "model": "attractor", "tokens": -1}, "arms.5.tokens must be a number above 0"),
+            (
+                {"name": "new", "model": "attractor", "tokens": {"times": 2, "of": "transformer-F"}},
+                "transformer-F, which follow from another arm",
+            ),
         ],
     )
     def test_arms_that_cannot_be(self, arm: dict[str, Any], said: str, tmp_path: Path) -> None:

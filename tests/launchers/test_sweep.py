@@ -198,6 +198,12 @@ class TestSlurm:
         assert array == "--parsable --array=0,1 job"
         assert table.endswith("--dependency=afterok:7 job table")
 
+    def test_the_table_is_made_as_the_members_were_trained(self, data: Path, tmp_path: Path) -> None:
+        words = ["demo", *TINY, f"data.path={data}", "train.seed=1,2", "--procs", "2", "--slurm", "--out", str(tmp_path / "out")]
+        printed = run(*words)
+        assert printed.exit_code == 0, printed.stderr
+        assert re.search(r" sweep demo .*--procs 2 --out ", printed.stdout)
+
     def test_a_task_is_a_rank_of_its_member(self, data: Path, tmp_path: Path) -> None:
         entry = "import json, os, sys; json.dump([sys.argv[1:], os.environ['RANK'], os.environ['WORLD_SIZE']], open('told', 'w'))"
         (tmp_path / "entry.py").write_text(entry)
