@@ -54,7 +54,7 @@ def make_engine(zero: int = 1, precision: str = "fp32", seed: int = 0) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": zero},
+        "zero_optimization": {"stage": zero, "memory_efficient_linear": False},  # the default replaces F.linear in the whole process
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": precision == "bf16"},
