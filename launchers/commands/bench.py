@@ -113,7 +113,7 @@ def models(
 
 def _show_models(rows: list[Row]) -> None:
     table = Table(title="Training step by kind of model", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for name in ("kind", "f", "grad.", "step", "tokens/s", "FLOP/token", "FLOP/s", "peak", "saved"):
+    for name in ("kind", "f", "grad.", "step", "tokens/s", "FLOP/s", "peak", "saved"):
         table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -122,13 +122,12 @@ def _show_models(rows: list[Row]) -> None:
             f"{row['applications']:.1f}",
             f"{row['step_seconds']:.3f} s",
             si(row["tokens_per_second"]),
-            si(row["model_flops_per_token"]),
             si(row["model_flops_per_second"]),
             size(row["memory_bytes"]),
             size(row["saved_bytes"]),
         )
     console().print(table)
-    console().print("f, grad.: the map or the looped blocks, how often a sequence without and with gradients", style="dim")
+    console().print("f, grad.: the map or the looped blocks, how often without and with gradients", style="dim")
     console().print("peak: of the process or the GPU's allocator. saved: what autograd keeps for backward", style="dim")
 
 
