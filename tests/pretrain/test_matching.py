@@ -43,7 +43,8 @@ def test_a_budget_is_the_whole_number_of_steps_that_comes_nearest(name: str, ove
     target = steps * run_flops(recipe, step_tokens(recipe))
     found = tokens_for_flops(recipe, target)
     every = [run_flops(recipe, count * step_tokens(recipe)) for count in range(1, 1502)]
-    assert abs(run_flops(recipe, found) - target) == min(abs(cost - target) for cost in every)
+    nearest = min(abs(cost - target) for cost in every)
+    assert abs(run_flops(recipe, found) - target) <= nearest + 1e-12 * target  # half a step off either way is a tie up to rounding
     assert found % step_tokens(recipe) == 0
     assert load_recipe(name, [*overrides, f"train.tokens={found}"]).steps(recipe.data.sequence_length or 0) * step_tokens(recipe) == found
 
