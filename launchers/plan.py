@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.cost import Flops, count_parameters, flops, planned
+from model.cost import Flops, count_parameters, flops, planned, training_flops
 from model.memory import Memory, held_parameters
 from pretrain.config import Recipe
 from pretrain.errors import Refusal
@@ -176,14 +176,7 @@ def _expected(recipe: Recipe) -> float | None:
 
 def _row(recipe: Recipe, length: int, iterations: float | None) -> FlopsRow:
     count, work = 0.0 if iterations is None else iterations, planned(recipe.architecture, iterations)
-    step = flops(
-        recipe.architecture,
-        length,
-        work.evaluations,
-        products=work.products,
-        applications=work.applications,
-        recompute=recipe.train.recompute,
-    )
+    step = training_flops(recipe.architecture, length, work, recompute=recipe.train.recompute)
     forward = step.head_forward + step.backbone_forward + step.solve + step.application
     inference: Flops = flops(recipe.architecture, length, count, training=False)
     return FlopsRow(iterations, inference.hardware, forward, step.model - forward, step.model, step.hardware, asdict(step))

@@ -223,6 +223,18 @@ def flops(
     )
 
 
+def training_flops(config: ModelConfig, sequence_length: int, work: Work, *, recompute: bool = False) -> Flops:
+    """FLOPs a token of a training step that does so much work a sequence, as measured or planned."""
+    return flops(
+        config,
+        sequence_length,
+        work.evaluations,
+        products=work.products,
+        applications=work.applications,
+        recompute=recompute,
+    )
+
+
 def implied_products(config: ModelConfig) -> float:
     """Vector-Jacobian products a sequence to plan with."""
     if not config.model.solves:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from model.config import Kind, LoopConfig, ModelConfig
-from model.cost import Work, flops
+from model.cost import Work, training_flops
 from model.implicit import attach
 from model.language_model import LanguageModel, build
 from model.looped import Loop
@@ -136,14 +136,7 @@ class _Bench:
         typical = sorted(seconds)[len(seconds) // 2]
         work = Work(*(sum(column) / steps for column in zip(*found, strict=True)))
         tokens = self.recipe.train.micro_batch * self.length
-        spent = flops(
-            self.config,
-            self.length,
-            work.evaluations,
-            products=work.products,
-            applications=work.applications,
-            recompute=self.recipe.train.recompute,
-        )
+        spent = training_flops(self.config, self.length, work, recompute=self.recipe.train.recompute)
         peak = self.recipe.train.peak_flops or _known_peak(self.device, self.recipe.train.precision)
         return {
             "iterations": name,

@@ -1,6 +1,6 @@
 """The account of a run: tokens, FLOPs by part from what the solver was measured to do, and MFU against a stated peak.
 
-    FLOPs of a step = tokens of the step * model.cost.flops(evaluations, applications and products a sequence, as measured)
+    FLOPs of a step = tokens of the step * model.cost.training_flops(evaluations, applications, products a sequence, as measured)
     MFU = model FLOPs a second / (peak FLOP/s of one device * devices)
 
 Model FLOPs leave recomputation out, hardware FLOPs hold it (model/cost.py has the conventions). Totals are sums over steps,
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from model.config import ModelConfig
-from model.cost import Flops, Work, flops
+from model.cost import Flops, Work, training_flops
 
 PARTS = tuple(Flops.__dataclass_fields__)
 
@@ -59,14 +59,7 @@ class Ledger:
 
     def step(self, tokens: int, work: Work) -> Flops:
         """Enters one step of `tokens` tokens whose sequences took so much work, as measured; its FLOPs by part."""
-        a_token = flops(
-            self.architecture,
-            self.sequence_length,
-            work.evaluations,
-            products=work.products,
-            applications=work.applications,
-            recompute=self.recompute,
-        )
+        a_token = training_flops(self.architecture, self.sequence_length, work, recompute=self.recompute)
         spent = Flops(**{part: tokens * value for part, value in asdict(a_token).items()})
         self.tokens += tokens
         self.evaluations += work.evaluations * tokens / self.sequence_length

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from model.config import LoopConfig
-from model.cost import Flops, Work, count_parameters, flops, planned
+from model.cost import Flops, Work, count_parameters, planned, training_flops
 from pretrain.config import Recipe
 from pretrain.errors import Refusal
 from pretrain.layout import refuse_illegal
@@ -43,15 +43,7 @@ def token_flops(recipe: Recipe, iterations: float | Work | None = None) -> Flops
     sequence, with the gradient's work planned for it; a Work, all three counts as measured. The recipe must state vocabulary and
     sequence length (launchers.plan.complete).
     """
-    work = work_of(recipe, iterations)
-    return flops(
-        recipe.architecture,
-        _length(recipe),
-        work.evaluations,
-        applications=work.applications,
-        products=work.products,
-        recompute=recipe.train.recompute,
-    )
+    return training_flops(recipe.architecture, _length(recipe), work_of(recipe, iterations), recompute=recipe.train.recompute)
 
 
 def work_of(recipe: Recipe, iterations: float | Work | None) -> Work:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from model.config import SolverConfig
-from model.cost import Flops, Work, flops
+from model.cost import Flops, Work, training_flops
 from pretrain.config import Recipe
 from pretrain.errors import Refusal
 from pretrain.run_folder import CONFIG, SUMMARY
@@ -79,4 +79,4 @@ def measured(run: Path) -> Measured:
 
 def _token(recipe: Recipe, work: Work) -> Flops:
     assert recipe.data.sequence_length is not None  # a run's recipe is complete
-    return flops(recipe.architecture, recipe.data.sequence_length, work.evaluations, applications=work.applications, products=work.products)
+    return training_flops(recipe.architecture, recipe.data.sequence_length, work)

@@ -15,7 +15,7 @@ from functools import cache
 from itertools import pairwise
 
 from model.config import ModelConfig
-from model.cost import flops, planned
+from model.cost import flops, planned, training_flops
 from pretrain.layout import most_stages
 
 
@@ -42,8 +42,7 @@ def partition(config: ModelConfig, sequence_length: int, stages: int, *, recompu
 
 def layer_flops(config: ModelConfig, sequence_length: int, *, recompute: bool = False) -> tuple[float, float]:
     """(one backbone block, everything after the backbone): hardware FLOPs a token of a training step."""
-    work = planned(config)
-    whole = flops(config, sequence_length, work.evaluations, products=work.products, recompute=recompute).hardware
+    whole = training_flops(config, sequence_length, planned(config), recompute=recompute).hardware
     single = replace(config, model=replace(config.model, kind="transformer", backbone_layers=1))
     one = flops(single, sequence_length, 0, recompute=recompute)
     block = one.hardware - one.head_forward - one.head_backward
