@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain import checkpoint_files as files
@@ -29,6 +27,7 @@ from pretrain.agreement import any_rank, gather, rank, world_size
 from pretrain.checkpoint_engine import DurableCheckpointEngine, unsafe_content
 from pretrain.checkpoint_files import BadCheckpoint, CheckpointManifest
 from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
+from pretrain.tensor_files import write_file
 from pretrain.training_state import TrainingState, capture_random_states, changed_keys, restore_random_states
 
 STATE = "state.json"
@@ -127,18 +126,10 @@ def _write_state(partial: Path, state: TrainingState, weights: Mapping[str, Mapp
     if rank() == 0:
         texts[STATE] = state.to_json()
         for name, tensors in weights.items():
-            _write_safetensors(partial / name, tensors)
+            write_file(partial / name, tensors)
     for name, text in texts.items():
         durable.write_text(partial / name, text)
     return [partial / name for name in (*texts, *(weights if rank() == 0 else ()))]
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:  # the disk's refusal, in the library's own class
-        raise OSError(f"{path.name}: {error}") from error
-    durable.fsync_file(path)
 
 
 def _durable_engine(engine: Any) -> DurableCheckpointEngine:

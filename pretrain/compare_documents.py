@@ -98,7 +98,7 @@ def _evaluate(run: RunRecord, progress: Callable[[float], None]) -> DocumentLoss
     import torch
 
     from pretrain.evaluate import forward, validation_loader
-    from pretrain.weights import load_run
+    from pretrain.loaded import load_run
 
     loaded = load_run(run.path)
     loader = validation_loader(loaded.recipe, 0, 1, None)

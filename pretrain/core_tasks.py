@@ -188,7 +188,7 @@ def evaluate_core_run(
     """
     tasks = read_bundle(bundle, limit)
     settle_libraries(device_of("auto"))
-    from pretrain.weights import load_run
+    from pretrain.loaded import load_run
 
     loaded = load_run(run)
     recipe = loaded.recipe

@@ -161,7 +161,7 @@ def evaluate_run(
     Raises Refusal for a folder without a run or a whole checkpoint.
     """
     settle_libraries(device_of("auto"))
-    from pretrain.weights import load_run
+    from pretrain.loaded import load_run
 
     loaded = load_run(run)
     recipe, device = loaded.recipe, loaded.device

@@ -4,6 +4,7 @@
     run.json            one entry a start: time, command line, commit, package versions, the step it began from
     metrics.jsonl       one object a logged step;  evaluations.jsonl  one an evaluation: the record of the run, each step once
     summary.json        the last of each and the totals
+    tokenizer.json      that of the data, so that the run can be used without it
     checkpoints/        see pretrain.checkpoint_files
 
 A folder that holds a run is refused unless that run is resumed, and a second process that would write there at the same time is
@@ -40,6 +41,7 @@ CONFIG, STARTS, METRICS, EVALUATIONS, SUMMARY, CHECKPOINTS = (
     "checkpoints",
 )
 PACKAGES = ("attractor", "torch", "deepspeed", "megatron-core", "mosaicml-streaming", "tokenizers", "numpy")
+TOKENIZER = "tokenizer.json"
 _GLOB = "*?["
 
 logger = logging.getLogger(__name__)
@@ -98,8 +100,9 @@ class RunFolder:
         """Where checkpoints go."""
         return self.path / CHECKPOINTS
 
-    def begin(self, config: str, command: Sequence[str], *, step: int = 0) -> None:
-        """Writes config.yaml, adds this start to run.json, and drops every record after `step`, the step resumed from (0: all).
+    def begin(self, config: str, command: Sequence[str], *, step: int = 0, tokenizer: str | None = None) -> None:
+        """Writes config.yaml and tokenizer.json, adds this start to run.json, and drops every record after `step`, the step resumed from
+        (0: all).
 
         Called on every rank once it is certain that the run goes on: after the checkpoint is loaded, before the first record. Raises
         RunStopped (code 5) on all of them when the disk refuses.
@@ -109,7 +112,7 @@ class RunFolder:
         fault = ""
         try:
             if self.writes:
-                self._begin(config, command, step)
+                self._begin(config, command, step, tokenizer)
         except OSError as error:
             fault = str(error.strerror)
         if said := next((text for text in gather(fault) if text), ""):
@@ -119,10 +122,12 @@ class RunFolder:
                 BAD_CHECKPOINT_WRITE,
             )
 
-    def _begin(self, config: str, command: Sequence[str], step: int) -> None:
+    def _begin(self, config: str, command: Sequence[str], step: int, tokenizer: str | None) -> None:
         starts = self.path / STARTS
         before = json.loads(starts.read_text())["starts"] if starts.exists() else []
         durable.write_atomically(self.path / CONFIG, config)
+        if tokenizer is not None:
+            durable.write_atomically(self.path / TOKENIZER, tokenizer)
         durable.write_atomically(starts, dump({"starts": [*before, _this_start(command, step)]}, indent=1) + "\n")
         for records in (self.metrics, self.evaluations):
             records.truncate_after(step)

@@ -39,7 +39,7 @@ CHOICES: dict[str, tuple[dict[str, Any], Depth]] = {
 def compare_solvers(run: Path, batches: int = 4) -> list[dict[str, Any]]:
     """One row for each kind of solver, on the first validation batches of a run's newest checkpoint. Raises Refusal."""
     settle_libraries(device_of("auto"))
-    from pretrain.weights import load_run
+    from pretrain.loaded import load_run
 
     loaded = load_run(run)
     if not isinstance(loaded.model.refine, Refine):

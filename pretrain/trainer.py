@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from data_pipeline import Batch, TokenLoader, ValidationLoader, open_manifest
+from data_pipeline.token_bytes import tokenizer_file
 from pretrain.config import Recipe
 from pretrain.errors import NON_FINITE, SIGNALLED, Refusal, RunStopped
 from pretrain.layout import as_dict, layout_on
@@ -53,6 +54,14 @@ def resolve(recipe: Recipe) -> Recipe:
     path = recipe.sources[0][0]
     manifest = open_manifest(path, recipe.data.cache)
     return recipe.completed(manifest.vocabulary_size, manifest.sequence_length, path)
+
+
+def _tokenizer(recipe: Recipe) -> str | None:
+    """The text of the data's tokenizer.json; None where a prepared set has lost it, which training does not need."""
+    try:
+        return tokenizer_file(recipe.sources[0][0], recipe.data.cache).read_text(encoding="utf-8")
+    except Refusal:
+        return None
 
 
 class _Data(NamedTuple):
@@ -117,7 +126,7 @@ class _Run:
         state = self._resume() if resume else None
         watchdog.beat("checkpoint loaded")
         self.first_step = self.step
-        folder.begin(recipe.to_yaml(), sys.argv, step=self.step)
+        folder.begin(recipe.to_yaml(), sys.argv, step=self.step, tokenizer=_tokenizer(recipe))
         self.last_record, self.last_evaluation = folder.metrics.last(), folder.evaluations.last()
         self.telemetry = Telemetry(
             folder,

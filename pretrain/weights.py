@@ -1,35 +1,25 @@
-"""Whole weights out of an engine, and a run's model back from its newest checkpoint: safetensors, by parameter name.
+"""Whole weights out of an engine, by parameter name, as a checkpoint keeps them beside DeepSpeed's sharded state.
 
-Each checkpoint holds `weights.safetensors` beside DeepSpeed's sharded state, so that evaluation, and later export, need no
-engine and no particular number of ranks; with an average of the weights also `average.safetensors`, which evaluation prefers.
+So evaluation, export and generation need no engine and no particular number of ranks (pretrain/loaded.py). With an average of the weights
+there are two sets, and the average is preferred.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
-from model.language_model import LanguageModel, build
-from pretrain import checkpoint_files as files
+from model.language_model import LanguageModel
 from pretrain.agreement import rank
-from pretrain.checkpoint import newest_whole
-from pretrain.config import Recipe
 from pretrain.ema import averaged_weights
 from pretrain.engine import language_model
-from pretrain.errors import Refusal
+from pretrain.loaded import AVERAGE, WEIGHTS
 from pretrain.mesh import Mesh
-from pretrain.run_folder import CHECKPOINTS, CONFIG
-from pretrain.runtime import device_of
 from pretrain.zero import client_optimizer
-
-WEIGHTS, AVERAGE = "weights.safetensors", "average.safetensors"
 
 
 @torch.no_grad()
@@ -86,33 +76,8 @@ def _to_rank_0(value: Tensor | None, parameter: Tensor, model: LanguageModel, ho
 
 def weight_files(engine: Any, mesh: Mesh) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint holds besides DeepSpeed's state, by file name: the weights, and their average where one is kept."""
-    files_of_rank_0 = {WEIGHTS: gather_weights(engine, mesh)}
+    files_of_rank_0 = {f"{WEIGHTS}.safetensors": gather_weights(engine, mesh)}
     if client_optimizer(engine).ema is not None:
         with averaged_weights(engine):
-            files_of_rank_0[AVERAGE] = gather_weights(engine, mesh)
+            files_of_rank_0[f"{AVERAGE}.safetensors"] = gather_weights(engine, mesh)
     return files_of_rank_0 if rank() == 0 else {}
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    recipe: Recipe
-    model: LanguageModel
-    device: torch.device
-    step: int
-    which: str
-    """The file the weights came from."""
-
-
-def load_run(run: Path) -> LoadedRun:
-    """The model of a run's newest whole checkpoint, in eval mode, in the precision it trained in. Raises Refusal."""
-    config = run / CONFIG
-    if not config.is_file():
-        raise Refusal(f"There is no run in {run}: it has no {CONFIG}. Give the folder that `attractor train` wrote (run.dir).")
-    recipe = Recipe.from_yaml(config.read_text(encoding="utf-8"), str(config))
-    folder = newest_whole(run / CHECKPOINTS)
-    path = folder / AVERAGE if (folder / AVERAGE).exists() else folder / WEIGHTS
-    device = device_of(recipe.train.device if recipe.train.device == "cpu" else "auto")
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    model = build(recipe.architecture, device="meta")
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in load_file(path).items()}, assign=True)
-    return LoadedRun(recipe, model.eval(), device, files.step_of(folder.name), path.name)

@@ -100,7 +100,7 @@ def test_validation_data_that_cannot_be_read_is_refused_first(trained: list[Path
 
 
 def test_document_losses_are_those_of_the_logits(trained: list[Path], data: Path, tmp_path: Path) -> None:
-    from pretrain.weights import load_run
+    from pretrain.loaded import load_run
 
     (checkpoint,) = newest_checkpoints([read_run(trained[0], "run")])
     found = document_losses(checkpoint, tmp_path, lambda _: None)

@@ -1,0 +1,157 @@
+"""A model to use, from a run or from an export, and what is needed to use it: tokenizer, begin token, length. No engine.
+
+    run       the newest whole checkpoint of RUN/checkpoints; the average of its weights where one is kept
+    export    what `attractor export` wrote (pretrain/export.py)
+
+A run's tokenizer is RUN/tokenizer.json, which training leaves there; of a run that has none, that of its data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from data_pipeline.token_bytes import tokenizer_file
+from model.config import ModelConfig
+from model.language_model import LanguageModel, build
+from pretrain.config import Recipe
+from pretrain.errors import Refusal
+from pretrain.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
+from pretrain.runtime import device_of
+from pretrain.tensor_files import TensorFiles, holds
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+WEIGHTS, AVERAGE = "weights", "average"
+"""Stems of a checkpoint's tensors (pretrain/tensor_files.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in eval mode, in the precision it trained in unless another was asked for."""
+
+    path: Path
+    """The run or the export."""
+    model: LanguageModel
+    device: torch.device
+    which: str
+    """The file the weights came from."""
+    find_tokenizer: Callable[[], Path]
+    """Its tokenizer.json; raises Refusal where there is none."""
+    sequence_length: int
+    """Tokens it was trained on at a time."""
+
+    @property
+    def architecture(self) -> ModelConfig:
+        return self.model.config
+
+    def tokenizer(self) -> Tokenizer:
+        """Opened, set to encode a text as it is. Raises Refusal for one that does not fit the model's vocabulary."""
+        from data_pipeline import open_tokenizer
+        from data_pipeline.tokenizer import id_count
+
+        file = self.find_tokenizer()
+        tokenizer = open_tokenizer(file)
+        rows = self.architecture.model.vocabulary_size or 0
+        if id_count(tokenizer) > rows:
+            raise Refusal(
+                f"The tokenizer {file} has ids up to {id_count(tokenizer) - 1:,} and the model of {self.path} {rows:,} rows: "
+                f"it is not this model's tokenizer. Put the one it was trained with in its place."
+            )
+        return tokenizer
+
+    @property
+    def begin_id(self) -> int:
+        """The token that begins every document, in training and hence in use."""
+        from data_pipeline.tokenizer import begin_id
+
+        return begin_id(self.tokenizer(), str(self.find_tokenizer()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun(LoadedModel):
+    """Of a run, at the checkpoint of `step`."""
+
+    step: int
+    recipe: Recipe
+
+
+def load_model(path: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> LoadedModel:
+    """The model of a run folder or of an export. Raises Refusal for a path that is neither."""
+    if (path / CONFIG).is_file():
+        return load_run(path, device=device, dtype=dtype)
+    if (path / "config.json").is_file():
+        from pretrain.export import load_export
+
+        return load_export(path, device=device, dtype=dtype)
+    raise Refusal(
+        f"{path} is neither a run nor an export: it has no {CONFIG} and no config.json. Give the folder that `attractor train` or "
+        f"`attractor export` wrote."
+    )
+
+
+def load_run(run: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> LoadedRun:
+    """The model of a run's newest whole checkpoint. Raises Refusal."""
+    from pretrain import checkpoint_files as files
+    from pretrain.checkpoint import newest_whole
+
+    recipe = recipe_of(run)
+    folder = newest_whole(run / CHECKPOINTS)
+    stem = AVERAGE if holds(folder, AVERAGE) else WEIGHTS
+    device = device or device_of(recipe.train.device if recipe.train.device == "cpu" else "auto")
+    dtype = dtype or (torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    model = load_weights(recipe.architecture, folder, stem, device, dtype)
+    return LoadedRun(
+        path=run,
+        model=model,
+        device=device,
+        which=f"{stem}.safetensors",
+        find_tokenizer=partial(tokenizer_of, run, recipe),
+        sequence_length=recipe.data.sequence_length or 0,
+        step=files.step_of(folder.name),
+        recipe=recipe,
+    )
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The resolved recipe of a run folder. Raises Refusal for a folder that holds no run."""
+    config = run / CONFIG
+    if not config.is_file():
+        raise Refusal(f"There is no run in {run}: it has no {CONFIG}. Give the folder that `attractor train` wrote (run.dir).")
+    return Recipe.from_yaml(config.read_text(encoding="utf-8"), str(config))
+
+
+def tokenizer_of(run: Path, recipe: Recipe) -> Path:
+    """A run's tokenizer.json. Raises Refusal where neither the run nor its data has one."""
+    kept = run / TOKENIZER
+    return kept if kept.is_file() else tokenizer_file(recipe.sources[0][0], recipe.data.cache)
+
+
+def load_weights(architecture: ModelConfig, folder: Path, stem: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """The model of that architecture with the tensors of FOLDER/STEM, in eval mode. Raises Refusal for tensors that are not its own."""
+    model = build(architecture, device="meta")
+    with TensorFiles(folder, stem) as tensors:
+        refuse_other_tensors({name: tensor for name, tensor in model.named_parameters()}, tensors.shapes, folder)
+        state = {name: tensors.read(name).to(device, dtype) for name in tensors.shapes}
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(True)
+
+
+def refuse_other_tensors(wanted: dict[str, torch.nn.Parameter], found: dict[str, torch.Tensor], where: Path) -> None:
+    """Raises Refusal unless the names and shapes are the same."""
+    for kind, names in (("lacks", wanted.keys() - found.keys()), ("has an unknown tensor:", found.keys() - wanted.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise Refusal(
+                f"The weights in {where} {kind} {min(names)}{more}. They are not those of the model that its configuration describes."
+            )
+    for name, parameter in wanted.items():
+        if parameter.shape != found[name].shape:
+            shapes = f"{tuple(found[name].shape)} and must be {tuple(parameter.shape)}"
+            raise Refusal(f"The weights in {where} are not those of the model its configuration describes: {name} has the shape {shapes}.")
