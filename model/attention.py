@@ -4,16 +4,17 @@
     out = Wo softmax(q k^T / sqrt(head_dim) + mask) v,   m = x, or the proposal under cross-attention injection
 
 The product goes through torch's scaled_dot_product_attention, which chooses the fused kernel of the device. Attention kept
-inside documents passes a boolean mask; otherwise the kernel's own causal flag is used.
+inside documents passes a boolean mask; otherwise the kernel's own causal flag is used. In generation the keys and values of earlier
+tokens come from a cache (model/cache.py), and x holds the new tokens alone.
 
 Heads may be divided over ranks: x is this rank's tokens, and between the projections every rank sees all tokens of its heads.
 
-Shapes: x [b, s, w]; mask [b, 1, s, s], true where attention is allowed. Source: arXiv 2605.12466's code; nanochat for values.
+Shapes: x [b, s, w]; mask [b, 1, s, keys], true where attention is allowed. Source: arXiv 2605.12466's code; nanochat for values.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +25,24 @@ from model.fused import rms_norm
 from model.layers import Layers
 from model.rotary import rotary_tables, rotate
 
+if TYPE_CHECKING:
+    from model.cache import Cache
+
 
 class Context(NamedTuple):
-    """What every block of one forward pass shares: rotary tables [s, head_dim / 2], the mask, None when plainly causal, and the tokens
-    [b, s], for value embeddings and for what is drawn from them (model/noise.py)."""
+    """What every block of one forward pass shares: rotary tables [s, head_dim / 2] ([b, s, head_dim / 2] where rows are at different
+    positions), the mask, None when plainly causal, and the tokens [b, s], for value embeddings and for what is drawn from them
+    (model/noise.py). In use: the cache of the tokens before these, and which of these [b, s] are padding on the right."""
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
     tokens: Tensor
+    cache: Cache | None = None
+    padding: Tensor | None = None
 
     def rows(self, index: Tensor | slice) -> Context:
-        """The context of some sequences of the batch."""
+        """The context of some sequences of a batch that has no cache."""
         return self._replace(mask=None if self.mask is None else self.mask[index], tokens=self.tokens[index])
 
 
@@ -79,20 +86,29 @@ class Attention(nn.Module):
         x = self.enter(x)
         memory = x if memory is None else self.enter(memory)
         batch, length, _ = x.shape
-        q = rotate(self.query(x).view(batch, length, self.heads, self.head_dim), context.cos, context.sin)
-        k = rotate(self.key(memory).view(batch, length, self.kv_heads, self.head_dim), context.cos, context.sin)
+        q = self.query(x).view(batch, length, self.heads, self.head_dim)
+        k = self.key(memory).view(batch, length, self.kv_heads, self.head_dim)
         v = self.value(memory).view(batch, length, self.kv_heads, self.head_dim)
-        if self.qk_norm:
-            eps = torch.finfo(q.dtype).eps
-            q, k = rms_norm(q, None, eps), rms_norm(k, None, eps)
+        if context.cache is None:
+            q, k = self._placed(q, context), self._placed(k, context)
+        else:  # few tokens: an operation costs more than what it computes
+            q, k = self._placed(torch.cat((q, k), dim=2), context).split((self.heads, self.kv_heads), dim=2)
         if self.value_gate is not None and value_embedding is not None:
             v = v + self.value_gate(x)[..., None] * value_embedding.view_as(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if context.cache is not None:
+            k, v = context.cache.join(self, k, v)
         mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
+            q,
+            k,
+            v,
             attn_mask=context.mask,
-            is_causal=context.mask is None,
+            is_causal=context.mask is None and q.shape[2] == k.shape[2],  # one new token sees all before it
             enable_gqa=self.kv_heads != self.heads,
         )
         return self.out(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim))
+
+    def _placed(self, x: Tensor, context: Context) -> Tensor:
+        """Queries or keys [b, s, heads, head_dim] turned by their positions, and normed."""
+        x = rotate(x, context.cos, context.sin)
+        return rms_norm(x, None, torch.finfo(x.dtype).eps) if self.qk_norm else x

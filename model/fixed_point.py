@@ -28,7 +28,7 @@ Shapes: y [b, s, w]; b sequences are independent of each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -112,7 +112,7 @@ def token_residual(change: Tensor, y: Tensor) -> Tensor:
     return change.norm(dim=-1) / y.norm(dim=-1).clamp_min(_TINY)
 
 
-class _Mixer:
+class Mixer:
     """The next point from the last evaluations: plain, or Anderson with its stored differences."""
 
     def __init__(self, config: SolverConfig, tokens: Tokens) -> None:
@@ -197,7 +197,8 @@ class _Mixer:
         return size, gammas
 
 
-def _evaluate(f: Map, y: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate(f: Map, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(f(y), f(y) - y) in y's precision."""
     value = f(y).to(y.dtype)
     return value, value - y
 
@@ -220,9 +221,9 @@ def solve(
 
 
 def _solve_fixed(f: Map, y: Tensor, config: SolverConfig, tokens: Tokens) -> Solution:
-    mixer, batch = _Mixer(config, tokens), y.shape[0]
+    mixer, batch = Mixer(config, tokens), y.shape[0]
     for iteration in range(config.max_iterations):
-        value, change = _evaluate(f, y)
+        value, change = evaluate(f, y)
         if iteration + 1 < config.max_iterations:
             y = mixer.next(y, value, change)
     residual = relative_residual(change, y, config.stop, tokens)
@@ -232,14 +233,14 @@ def _solve_fixed(f: Map, y: Tensor, config: SolverConfig, tokens: Tokens) -> Sol
 
 
 def _solve_adaptive(f: Map, y: Tensor, config: SolverConfig, restrict: Callable[[Tensor], Map] | None, tokens: Tokens) -> Solution:
-    batch, device, mixer = y.shape[0], y.device, _Mixer(config, tokens)
+    batch, device, mixer = y.shape[0], y.device, Mixer(config, tokens)
     best, state = [float("inf")] * batch, y.clone()
     iterations, lows = [0] * batch, [0] * batch  # evaluations taken, and taken when the residual was lowest
     converged, stopped = [False] * batch, [False] * batch
     active = list(range(batch))  # sequences still being evaluated, in the order of y's rows
     evaluations = 0
     for iteration in range(1, config.max_iterations + 1):
-        value, change = _evaluate(f, y)
+        value, change = evaluate(f, y)
         evaluations += len(active)
         residuals = relative_residual(change, y, config.stop, tokens).tolist()  # the one read of the iteration
         improved = []
@@ -275,28 +276,3 @@ def _solve_adaptive(f: Map, y: Tensor, config: SolverConfig, restrict: Callable[
         evaluations,
         mixer.fallbacks_on(device),
     )
-
-
-@torch.no_grad()
-def solve_strict(f: Map, start: Tensor, config: SolverConfig, tokens: Tokens = UNDIVIDED) -> Solution:
-    """The fixed point as generation with a cache finds it, within the tolerance: a token is done once its own residual is below
-    tolerance and every token before it is done, and is frozen from then on. So no output depends on when later tokens converge.
-
-    Every position must be evaluated until the last is done: for evaluation, not for training.
-    """
-    y = start.detach().to(torch.promote_types(start.dtype, torch.float32))
-    mixer, batch = _Mixer(replace(config, mixing="token"), tokens), y.shape[0]  # over sequences, later tokens would enter
-    done = torch.zeros(batch, y.shape[1] * tokens.ranks, dtype=torch.bool, device=y.device)  # of all tokens
-    state, iterations = y, torch.zeros(batch, dtype=torch.int64, device=y.device)
-    for iteration in range(1, config.max_iterations + 1):
-        value, change = _evaluate(f, y)
-        state = torch.where(tokens.own(done)[..., None], state, value)
-        iterations += ~done.all(dim=-1)
-        residual = tokens.whole(token_residual(change, y))
-        if iteration >= config.min_iterations:
-            done = done | ((residual < config.tolerance).cummin(dim=-1).values)
-        if iteration == config.max_iterations or bool(done.all()):
-            break
-        y = torch.where(tokens.own(done)[..., None], state, mixer.next(y, value, change))
-    fallbacks = mixer.fallbacks_on(y.device)
-    return Solution(state, residual.amax(dim=-1), iterations, done.all(dim=-1), iteration * batch, fallbacks)

@@ -12,12 +12,14 @@ Source: arXiv 2605.12466 and its public code; nanochat for value embeddings.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.attention import Context, make_context
 from model.backbone import Backbone
+from model.cache import Cache
 from model.config import ModelConfig
 from model.fixed_point import Solution
 from model.layers import Layers, PlainLayers, RMSNorm
@@ -26,6 +28,15 @@ from model.loss import IGNORE
 from model.refine import Depth, Refine, Refined
 
 Record = dict[str, Tensor]
+
+
+class Extended(NamedTuple):
+    """What new tokens lead to."""
+
+    logits: Tensor
+    """[b, v] fp32, of each row's last token."""
+    solution: Solution | None
+    """None where nothing was solved or looped."""
 
 
 class LanguageModel(nn.Module):
@@ -118,6 +129,18 @@ class LanguageModel(nn.Module):
         proposal, context = self.propose(tokens, documents)
         state = self._state(proposal, context, depth).output
         return (self.tail.enter(self.norm(state)) @ self.unembedding.T).float()
+
+    @torch.inference_mode()
+    def extend(self, tokens: Tensor, cache: Cache, depth: Depth = "auto", lengths: Sequence[int] | None = None) -> Extended:
+        """New tokens [b, n] after those of the cache, which then holds them too; of row i the first lengths[i], padding after them.
+
+        Solved as `logits` solves with depth "strict" ("auto" means that too), or with a fixed number of iterations, always the same for
+        one cache. Raises ValueError where the tokens do not fit.
+        """
+        context = cache.begin(self.config.model, tokens, lengths)
+        proposal = self.backbone(self.embedding(tokens), context)
+        refined = self._state(proposal, context, "strict" if depth == "auto" else depth)
+        return Extended((self.norm(cache.advance(refined.output)) @ self.unembedding.T).float(), refined.solution)
 
     def compile_maps(self, by_block: bool = False) -> None:
         """torch.compile in place the backbone (whole, or each block by itself), and the map f or the looped blocks and those after them;

@@ -28,7 +28,7 @@ from model.backbone import Backbone
 from model.config import ModelConfig
 from model.fixed_point import Solution, relative_residual
 from model.layers import Layers, RMSNorm
-from model.noise import normal, poisson_counts, seeds_of
+from model.noise import first_noise, poisson_counts, seeds_of
 from model.refine import Depth, Refined
 
 _FIRST_DECAY = math.sqrt(1 / 5)
@@ -111,6 +111,7 @@ class Loop(nn.Module):
     def _run(self, e: Tensor, context: Context, seeds: list[int], counts: list[int]) -> tuple[Tensor, Solution, float]:
         """(h, what the loop did, iterations a sequence with gradients) for sequences in the order of falling counts."""
         state, drive, decay = self._start(e, context, seeds)
+        core = self.core if context.cache is None else context.cache.slot_an_evaluation(self.core)
         values = self.core.values(context)
         residual = torch.zeros(len(e), device=e.device)
         backprop = 0 if not torch.is_grad_enabled() else counts[0] if self.backprop is None else self.backprop
@@ -120,7 +121,8 @@ class Loop(nn.Module):
             part, learns = slice(0, active), left <= backprop
             with nullcontext() if learns else torch.no_grad():
                 inputs = drive[part] + (state[part] if decay is None else state[part] * decay)
-                reached = self.core(inputs, context.rows(part), [_of(value, part, learns) for value in values])
+                among = context if active == len(e) else context.rows(part)
+                reached = core(inputs, among, [_of(value, part, learns) for value in values])
                 if left == 1:
                     old = state[part].detach()
                     residual[part] = relative_residual((reached.detach() - old).float(), old.float(), "norm", self.tokens)
@@ -134,8 +136,7 @@ class Loop(nn.Module):
         """(h at the start, what each iteration adds to it, what it multiplies it by)."""
         if self.injection is None:
             return torch.zeros_like(e), e, None
-        whole = normal(seeds, context.tokens.shape[1], e.shape[2], self.std, e)
-        return self.tokens.own(whole), self.injection.drive(e), self.injection.decay(e.dtype)
+        return self.tokens.own(first_noise(context, seeds, e.shape[2], self.std, e)), self.injection.drive(e), self.injection.decay(e.dtype)
 
 
 def _of(value: Tensor | None, part: slice, learns: bool) -> Tensor | None:

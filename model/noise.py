@@ -6,7 +6,8 @@ Without gradients, in evaluation, every sequence is given the same noise: then a
 
 Nothing of it is state: a run that resumes, a rank that shares its sequences with others (tensor or pipeline) and any split of a batch over
 ranks and micro-batches draw the same, without a generator to save or to agree on. A sequence that is met again is given the same draw;
-pretraining meets few again. Noise differs between kinds of device, as torch's generators do.
+pretraining meets few again. Noise differs between kinds of device, as torch's generators do. It is drawn in blocks of positions, so a
+position's does not depend on how many there are: a sequence that grows in generation keeps what it had.
 
 The seeds are read by the host: one synchronisation a call, in training.
 Shapes: tokens [b, s]; noise [b, s, w].
@@ -20,6 +21,9 @@ import random
 import torch
 from torch import Tensor
 
+from model.attention import Context
+
+_BLOCK = 256  # positions drawn at a time
 _MULTIPLIERS = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)  # odd constants of splitmix64, made positive int64
 
 
@@ -41,12 +45,23 @@ def sequence_seeds(tokens: Tensor) -> list[int]:
 def normal(seeds: list[int], length: int, width: int, std: float, like: Tensor) -> Tensor:
     """Noise [b, s, w] on the device and in the precision of `like`."""
     drawn = sorted(set(seeds))
-    noise = torch.empty((len(drawn), length, width), device=like.device, dtype=like.dtype)
-    for row, seed in zip(noise, drawn, strict=True):
-        row.normal_(0.0, std, generator=torch.Generator(like.device).manual_seed(seed))
+    blocks = torch.empty((len(drawn), -(-length // _BLOCK), _BLOCK, width), device=like.device, dtype=like.dtype)
+    for row, seed in zip(blocks, drawn, strict=True):
+        generator = torch.Generator(like.device).manual_seed(seed)
+        for block in row:
+            block.normal_(0.0, std, generator=generator)
+    noise = blocks.flatten(1, 2)[:, :length]
     if len(drawn) == 1:
         return noise.expand(len(seeds), -1, -1)
     return noise[torch.tensor([drawn.index(seed) for seed in seeds], device=like.device)]
+
+
+def first_noise(context: Context, seeds: list[int], width: int, std: float, like: Tensor) -> Tensor:
+    """Noise [b, s, w] of the context's tokens; of a sequence that grows in a cache, at the positions of the new ones."""
+    cache = context.cache
+    if cache is None:
+        return normal(seeds, context.tokens.shape[1], width, std, like)
+    return cache.at_positions("noise", lambda: normal(seeds[:1], cache.capacity, width, std, like)[0]).expand_as(like)
 
 
 def poisson_counts(seeds: list[int], mean: float) -> list[int]:

@@ -22,10 +22,11 @@ from model.attention import Context
 from model.attractor import Attractor
 from model.config import ModelConfig, SolverConfig
 from model.equilibrium import Equilibrium
-from model.fixed_point import Map, Solution, relative_residual, solve, solve_strict
+from model.fixed_point import Map, Solution, relative_residual, solve
 from model.implicit import attach
 from model.layers import Layers
-from model.noise import normal, seeds_of
+from model.noise import first_noise, seeds_of
+from model.strict import solve_strict
 
 Depth = int | str
 """How far to solve: a number of evaluations, "auto" (as configured) or "strict" (as generation with a cache would)."""
@@ -43,7 +44,7 @@ class Refined(NamedTuple):
     applications: float = 0.0
     """Applications of the map with gradients, a sequence."""
     distance: Tensor | None = None
-    """||output - y0|| / ||y0|| [b], with gradients off, where there is a proposal to be near to."""
+    """||output - y0|| / ||y0|| [b], with gradients off, where there is a proposal to be near to; not computed in generation."""
 
 
 class Refine(nn.Module):
@@ -65,7 +66,8 @@ class Refine(nn.Module):
         y0 = self.start(proposal)
         if not torch.is_grad_enabled():
             state, solution = self._at_depth(y0, context, depth)
-            return Refined(state, solution, distance=relative_residual(state - y0, y0, "norm", self.tokens) if self.proposes else None)
+            asked = self.proposes and context.cache is None
+            return Refined(state, solution, distance=relative_residual(state - y0, y0, "norm", self.tokens) if asked else None)
         solution = self._solve(y0.detach(), context, self.solver)
         attached = attach(lambda y: self.attractor(y, y0, context), solution.state, self.gradient, self.solver, self.recompute, self.tokens)
         applications = self.gradient.steps if self.gradient.mode == "phantom" else 1
@@ -78,15 +80,30 @@ class Refine(nn.Module):
     def _at_depth(self, y0: Tensor, context: Context, depth: Depth) -> tuple[Tensor, Solution | None]:
         if depth == 0:
             return y0 if self.proposes else self._beginning(y0, context), None
-        if depth == "strict":
-            solution = solve_strict(lambda y: self.attractor(y, y0, context), self._beginning(y0, context), self.solver, self.tokens)
+        if depth == "strict" and self.solver.fixed:  # no tolerance ends it: a count like any other
+            solution = self._solve(y0, context, replace(self.solver, mixing="token"))
+        elif depth == "strict":
+            solution = self._solve_strict(y0, context)
         elif depth == "auto":
             solution = self._solve(y0, context, self.solver)
         else:
             solution = self._solve(y0, context, replace(self.solver, min_iterations=int(depth), max_iterations=int(depth)))
         return solution.state, solution
 
+    def _solve_strict(self, y0: Tensor, context: Context) -> Solution:
+        done, cache = None if context.padding is None else context.padding.clone(), context.cache
+        if cache is not None and context.tokens.numel() > 1:  # a token alone is not evaluated again when it is done
+            done = cache.done = torch.zeros_like(context.tokens, dtype=torch.bool) if done is None else done
+        solution = solve_strict(lambda y: self.attractor(y, y0, context), self._beginning(y0, context), self.solver, self.tokens, done)
+        if cache is not None:
+            cache.done = None
+        return solution
+
     def _solve(self, y0: Tensor, context: Context, solver: SolverConfig) -> Solution:
+        if context.cache is not None:  # of a fixed count: mixing over sequences would let later tokens in
+            f = context.cache.slot_an_evaluation(lambda y: self.attractor(y, y0, context))
+            return solve(f, self._beginning(y0, context), replace(solver, mixing="token"))
+
         def restrict(rows: Tensor) -> Map:  # the map on some sequences only
             part, its_context = y0[rows], context.rows(rows)
             return lambda y: self.attractor(y, part, its_context)
@@ -99,5 +116,4 @@ class Refine(nn.Module):
             return y0
         if self.begin == "zero":
             return torch.zeros_like(y0)
-        whole = normal(seeds_of(context.tokens), context.tokens.shape[1], y0.shape[2], self.std, y0)
-        return self.tokens.own(whole)
+        return self.tokens.own(first_noise(context, seeds_of(context.tokens), y0.shape[2], self.std, y0))

@@ -33,5 +33,5 @@ def _tables(length: int, head_dim: int, base: float, device: torch.device) -> tu
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [b, s, heads, head_dim] turned by its position; the result has x's dtype."""
-    return rotate_halves(x, cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype))
+    """x [b, s, heads, head_dim] turned by its position, cos and sin [s, head_dim / 2] or [b, s, head_dim / 2]; the result has x's dtype."""
+    return rotate_halves(x, cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype))

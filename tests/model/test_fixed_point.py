@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.config import SolverConfig
-from model.fixed_point import Map, Solution, relative_residual, solve, solve_strict, token_residual
+from model.fixed_point import Map, Solution, relative_residual, solve, token_residual
 from model.language_model import build
 from tests.model.support import configuration, map_and_start, random_tokens, relative
 
@@ -426,42 +426,6 @@ def test_solving_records_no_gradient() -> None:
     for count in (2, 20):
         solution = solve(lambda y: parameter * f(y), normal(1).requires_grad_(), SolverConfig(min_iterations=2, max_iterations=count))
         assert not solution.state.requires_grad
-
-
-# ---- strict
-
-
-def test_strict_freezes_a_token_once_all_before_it_are_done() -> None:
-    # the map couples nothing, so a token's own convergence is known: rates that fall with position must wait, others must not
-    rates = torch.tensor([0.5, 0.1, 0.8, 0.2], dtype=torch.float64)[None, :, None]
-    f = lambda y: rates * y + 1  # noqa: E731
-    tolerance = 1e-4
-    config = SolverConfig(method="picard", tolerance=tolerance, max_iterations=200)
-    start = normal(3, (1, 4, WIDTH)) + 10
-    solution = solve_strict(f, start, config)
-    y, history = start, []
-    for _ in range(200):
-        history.append((f(y), token_residual(f(y) - y, y)[0]))
-        y = f(y)
-    done_at = 0
-    for position in range(4):
-        done_at = next(k for k in range(done_at, 200) if history[k][1][position] < tolerance)
-        assert torch.equal(solution.state[:, position], history[done_at][0][:, position])
-    assert int(solution.iterations) == done_at + 1
-    assert bool(solution.converged.all())
-
-
-def test_strict_does_not_leak_whatever_the_mixing() -> None:
-    # mixing over the sequence would let later tokens in: strict has to mix per token, or refuse
-    start, changed = normal(3), normal(3)
-    changed[:, 3:] = normal(8)[:, 3:]
-    for mixing in ("token", "sequence"):
-        config = SolverConfig(mixing=mixing, history=2, tolerance=1e-3)
-        try:
-            one, other = solve_strict(coupled, start, config), solve_strict(coupled, changed, config)
-        except ValueError:
-            continue
-        assert torch.equal(one.state[:, :3], other.state[:, :3]), mixing
 
 
 # ---- real maps
