@@ -1,9 +1,9 @@
-"""Saving and resuming a run: what goes into a checkpoint, and which one comes back.
+"""Saving and resuming a run: what goes into a checkpoint, and how one comes back.
 
 `save` writes a whole checkpoint or none (pretrain.checkpoint_files has the order of writes), on all ranks or on none: every part a
-rank does alone is tried, and the ranks agree on success before the next. `load_latest` takes the checkpoint `latest` names, or, if that
-one is damaged, the one before, by name and never in silence; it refuses when checkpoints exist and none is whole, when the layout
-or the recipe differs, and when a file would run code. Same layout and recipe: the continuation is bit-exact.
+rank does alone is tried, and the ranks agree on success before the next. `load_latest` takes the checkpoint that
+pretrain.checkpoint_choice chooses, and refuses one of another recipe. On the layout that wrote it DeepSpeed loads its own files, and the
+continuation is bit-exact; on any other, and from a canonical checkpoint, every rank takes its elements by name (pretrain.adopt).
 
 One folder shared by all machines is assumed, and checked when the manifest is written.
 """
@@ -23,44 +23,68 @@ from torch import Tensor
 
 from pretrain import checkpoint_files as files
 from pretrain import durable
+from pretrain.adopt import adopt
 from pretrain.agreement import any_rank, gather, rank, world_size
-from pretrain.checkpoint_engine import DurableCheckpointEngine, unsafe_content
-from pretrain.checkpoint_files import BadCheckpoint, CheckpointManifest
+from pretrain.canonical import OPTIMIZER
+from pretrain.checkpoint_choice import choose, log, newest_whole, same_layout, shares
+from pretrain.checkpoint_engine import DurableCheckpointEngine
+from pretrain.checkpoint_files import CheckpointManifest
 from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
-from pretrain.tensor_files import write_file
-from pretrain.training_state import TrainingState, capture_random_states, changed_keys, restore_random_states
+from pretrain.pieces import Pieces, describe_layout, pieces_file
+from pretrain.stored_layout import has_pieces
+from pretrain.tensor_files import holds, write_file
+from pretrain.training_state import (
+    LAYOUT_KEYS,
+    MODEL_KEYS,
+    STATE,
+    TrainingState,
+    capture_random_states,
+    changed_keys,
+    reseed,
+    restore_random_states,
+)
 
-STATE = "state.json"
+__all__ = ["Resumed", "layout_of", "load_latest", "newest_whole", "save"]
 
 logger = logging.getLogger(__name__)
 
 
 class Resumed(NamedTuple):
-    """What `load_latest` found. `notes` are the sentences already logged on rank 0 (a fallback, a leftover), kept for the record."""
+    """What `load_latest` found. `notes` are the sentences already logged on rank 0 (a fallback, a leftover, another layout)."""
 
     state: TrainingState
     step: int
     notes: list[str]
+    moved: bool
+    """Whether the checkpoint was of another layout, or of none."""
 
 
 # --- saving
 
 
 def save(
-    engine: Any, folder: Path, step: int, state: TrainingState, *, keep: int, weights: Mapping[str, Mapping[str, Tensor]] | None = None
+    engine: Any,
+    folder: Path,
+    step: int,
+    state: TrainingState,
+    *,
+    keep: int,
+    weights: Mapping[str, Mapping[str, Tensor]] | None = None,
+    pieces: Pieces | None = None,
 ) -> Path:
     """Writes checkpoint `step` of a DeepSpeed engine into `folder`, moves `latest` to it and keeps the `keep` newest. All ranks call it.
 
     weights: on rank 0, further safetensors files by name, each tensors by name: whole weights that are read without an engine.
+    pieces: what this rank holds; without it the checkpoint resumes on this layout alone.
     Returns the checkpoint's folder. Raises RunStopped (code 5) on every rank when any rank could not write; then nothing is left of
     this checkpoint and the one before is untouched. An error that is not the disk's is raised as it is, where it happened.
     """
     attempt = _Attempt(folder, step)
     attempt.part(lambda: files.start_partial(folder, step), only_rank_0=True)
     partial = files.partial_folder(folder, step)
-    written = attempt.part(lambda: _write_engine(engine, folder, partial.name) + _write_state(partial, state, weights or {}))
+    written = attempt.part(lambda: _write_engine(engine, folder, partial.name) + _write_state(partial, state, weights or {}, pieces))
     entries = attempt.part(lambda: [files.describe(path, rank()) for path in written])
-    manifest = CheckpointManifest(step, layout_of(engine), _versions(), [entry for part in gather(entries) for entry in part])
+    manifest = CheckpointManifest(step, layout_of(engine, pieces), _versions(), [entry for part in gather(entries) for entry in part])
     attempt.part(lambda: files.write_manifest(partial, manifest), only_rank_0=True)
     attempt.part(lambda: files.publish(folder, step), only_rank_0=True)
     attempt.part(lambda: files.prune(folder, keep), only_rank_0=True)
@@ -120,9 +144,11 @@ def _write_engine(engine: Any, folder: Path, tag: str) -> list[Path]:
     return writer.written
 
 
-def _write_state(partial: Path, state: TrainingState, weights: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
+def _write_state(partial: Path, state: TrainingState, weights: Mapping[str, Mapping[str, Tensor]], pieces: Pieces | None) -> list[Path]:
     """This rank's files of everything else."""
     texts = {_random_file(): capture_random_states()}
+    if pieces is not None:
+        texts[pieces_file(rank())] = pieces.to_json()
     if rank() == 0:
         texts[STATE] = state.to_json()
         for name, tensors in weights.items():
@@ -153,8 +179,10 @@ def _random_file() -> str:
     return f"random_rank_{rank():05d}.json"
 
 
-def layout_of(engine: Any) -> dict[str, int]:
-    """What must be the same for a checkpoint to come back as it was."""
+def layout_of(engine: Any, pieces: Pieces | None) -> dict[str, int]:
+    """What a manifest says of the layout that wrote it; without pieces, all that an engine tells."""
+    if pieces is not None:
+        return pieces.layout
     return {"world_size": world_size(), "zero": int(engine.zero_optimization_stage())}
 
 
@@ -165,49 +193,38 @@ def _versions() -> dict[str, str]:
 # --- resuming
 
 
-def load_latest(engine: Any, folder: Path, *, config: Mapping[str, Any]) -> Resumed | None:
-    """Loads the newest whole checkpoint into the engine and restores the random generators. All ranks call it; `config` is the recipe.
+def load_latest(engine: Any, folder: Path, *, config: Mapping[str, Any], pieces: Pieces | None = None) -> Resumed | None:
+    """Loads the newest whole checkpoint into the engine and sets the random generators. All ranks call it; `config` is the recipe.
 
-    Returns None when the folder has no checkpoint, and says so. Raises Refusal, the same on every rank and before anything is loaded, when
-    checkpoints exist but none is whole, or when the chosen one has another layout, another recipe or a pickle that would run code.
+    pieces: what this rank holds; without it only a checkpoint of this layout is taken. Returns None when the folder has no checkpoint, and
+    says so. Raises Refusal, the same on every rank and before anything is loaded, when checkpoints exist but none is whole, or when the
+    chosen one is of another recipe, says too little for another layout, or has a pickle that would run code.
     """
     notes: list[str] = []
     if rank() == 0:
         notes += _leftover_notes(folder)
-    manifest = _choose(folder, notes)
+    layout = layout_of(engine, pieces)
+    manifest = choose(folder, notes, hashed=shares(layout), unpickled=shares(layout))
     if manifest is None:
         notes.append(f"{folder} holds no checkpoint yet: the run begins at its first step.")
-    _log(notes)
-    if manifest is None:
+        log(notes)
         return None
     chosen = folder / files.step_name(manifest.step)
-    _refuse_other_layout(chosen, manifest, layout_of(engine))
     state = TrainingState.from_json((chosen / STATE).read_text())
-    _refuse_other_config(chosen, state, config)
-    _load_engine(engine, chosen)
-    restore_random_states((chosen / _random_file()).read_text())
-    return Resumed(state, manifest.step, notes)
-
-
-def newest_whole(folder: Path) -> Path:
-    """The checkpoint `load_latest` would take, for commands that only read: nothing in the folder is touched, a run may be writing there.
-
-    Raises Refusal when there is none, or none that is whole.
-    """
-    notes: list[str] = []
-    manifest = _choose(folder, notes)
-    _log(notes)
-    if manifest is None:
-        raise Refusal(
-            f"There is no checkpoint in {folder} yet. Wait until the run has saved one (checkpoint.every steps), or check the path."
-        )
-    return folder / files.step_name(manifest.step)
-
-
-def _log(notes: list[str]) -> None:
-    if rank() == 0:
-        for note in notes:
-            logger.warning(note)
+    moved = _moves(chosen, manifest, state, config, layout, pieces)
+    _refuse_other_config(chosen, manifest, state, config)
+    if moved:
+        assert pieces is not None  # or _moves had refused
+        kept = adopt(engine, pieces, chosen, manifest)
+        engine.global_steps = manifest.step
+        engine.global_samples = manifest.step * engine.train_batch_size()
+        reseed(config["train"]["seed"], manifest.step, rank())
+        notes.append(_moved_note(chosen, manifest, layout, kept))
+    else:
+        _load_engine(engine, chosen)
+        restore_random_states((chosen / _random_file()).read_text())
+    log(notes)
+    return Resumed(state, manifest.step, notes, moved)
 
 
 def _leftover_notes(folder: Path) -> list[str]:
@@ -222,73 +239,33 @@ def _leftover_notes(folder: Path) -> list[str]:
     return notes
 
 
-def _choose(folder: Path, notes: list[str]) -> CheckpointManifest | None:
-    """The manifest of the first whole checkpoint: the one `latest` names, then the others from the newest down. Adds to `notes`."""
-    names, pointer = gather((files.checkpoints(folder), files.read_pointer(folder)))[0]
-    if not names:
-        return None
-    order = names
-    if pointer not in names:
-        fault = "is missing" if pointer is None else f"names {pointer[:80]!r}, which is not there"
-        notes.append(f"{folder / files.POINTER} {fault}; the highest-numbered whole checkpoint is used instead.")
-    else:
-        order = sorted(names, key=lambda name: name != pointer)
-        notes += [
-            f"{folder / name} is newer than the one `{files.POINTER}` names ({pointer}), which is followed."
-            for name in names[: names.index(pointer)]
-        ]
-    faults: list[str] = []
-    for name in order:
-        manifest, fault = _whole(folder / name)
-        if manifest is not None:
-            notes += [f"{text} It is left out; {name} is used instead." for text in faults]
-            return manifest
-        faults.append(f"Checkpoint {folder / name} is not whole: {fault}.")
-    raise Refusal(
-        f"{' '.join(faults)} No whole checkpoint is left in {folder}, and starting afresh would lose the run in silence. Put back a copy "
-        f"of one of them, or move the folder away (or take another run.dir) and start without --resume."
+def _moves(
+    path: Path, manifest: CheckpointManifest, state: TrainingState, config: Mapping[str, Any], layout: dict[str, int], pieces: Pieces | None
+) -> bool:
+    """Whether the checkpoint is of another layout, or of none. Raises Refusal where it is and what ranks hold is not known."""
+    same = same_layout(manifest, layout)
+    if pieces is not None and (not manifest.layout or has_pieces(manifest)):
+        return not same or any_rank((path / pieces_file(rank())).read_text(encoding="utf-8") != pieces.to_json())
+    if not same or changed_keys(state.config, config, only=LAYOUT_KEYS):
+        raise Refusal(
+            f"Checkpoint {path} was written by {describe_layout(manifest.layout)}, by a version whose checkpoints do not say what each "
+            f"rank held; this run has {describe_layout(layout)}. Resume it with the layout section, train.micro_batch and train.recompute "
+            f"that it was saved with (the run's config.yaml has them); what is saved from then on can change its layout."
+        )
+    return False
+
+
+def _moved_note(path: Path, manifest: CheckpointManifest, layout: Mapping[str, int], optimizer: bool) -> str:
+    came = "Weights, optimizer state, schedule, data order and ledger go on" if optimizer else "Weights came; the optimizer starts afresh"
+    return (
+        f"{path} is of {describe_layout(manifest.layout)}; this run has {describe_layout(layout)}. {came}. Random generators belong to "
+        f"ranks and start anew from (train.seed, step, rank); sums are added in another order, so losses agree to rounding, not to the bit."
     )
 
 
-def _whole(path: Path) -> tuple[CheckpointManifest | None, str]:
-    """The manifest, if every rank finds what it would read whole; otherwise None and the first fault. Refuses files that would run code."""
-    manifest, fault, unsafe = None, "", ""
-    try:
-        manifest = files.verify(path, rank())
-        unsafe = _unsafe_files(path, manifest)
-    except BadCheckpoint as error:
-        fault = str(error)
-    answers = gather((fault, unsafe))
-    fault = next((text for text, _ in answers if text), "")
-    unsafe = next((text for _, text in answers if text), "")
-    if unsafe and not fault:
-        raise Refusal(
-            f"Checkpoint {path} is refused: {unsafe}. A training checkpoint holds tensors and plain data; loading this could run code. "
-            f"Nothing was loaded. If it did not come from this framework's own run, delete it; to go back to an earlier "
-            f"checkpoint, write its name into {path.parent / files.POINTER}."
-        )
-    return (None, fault) if fault else (manifest, "")
-
-
-def _unsafe_files(path: Path, manifest: CheckpointManifest) -> str:
-    """The first pickle this rank would read that holds more than data, and what; empty when there is none."""
-    for entry in manifest.files:
-        if entry.name.endswith(".pt") and entry.rank in (0, rank()) and (content := unsafe_content(path / entry.name)):
-            return f"{entry.name} holds {content}"
-    return ""
-
-
-def _refuse_other_layout(path: Path, manifest: CheckpointManifest, layout: Mapping[str, int]) -> None:
-    if manifest.layout != layout:
-        stored, present = (f"{part['world_size']} rank(s) with ZeRO stage {part['zero']}" for part in (manifest.layout, layout))
-        raise Refusal(
-            f"Checkpoint {path} was written by {stored}; this run has {present}. Its optimizer state is cut for that layout, and moving a "
-            f"checkpoint to another layout is not available yet: resume with the same number of ranks and the same layout.zero."
-        )
-
-
-def _refuse_other_config(path: Path, state: TrainingState, config: Mapping[str, Any]) -> None:
-    if changes := changed_keys(state.config, config):
+def _refuse_other_config(path: Path, manifest: CheckpointManifest, state: TrainingState, config: Mapping[str, Any]) -> None:
+    weights_alone = not manifest.layout and not holds(path, OPTIMIZER)  # nothing but the model is settled yet
+    if changes := changed_keys(state.config, config, only=MODEL_KEYS if weights_alone else None):
         raise Refusal(
             f"Checkpoint {path} belongs to a run with another recipe: {'; '.join(changes)}. Resume with the recipe as it was (the run's "
             f"config.yaml holds it), or give the changed recipe a run.dir of its own."

@@ -20,6 +20,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ MANIFEST = "manifest.json"
 POINTER = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.step-(\d{8,})\.(partial|replaced|removed)")
-_PICKLES = (".pt", ".pth", ".bin")
+_READ = (".pt", ".pth", ".bin", ".safetensors", ".json")
+"""Of files that are read by their name: one that the manifest does not list is no part of the checkpoint."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """What a whole checkpoint says of itself. `layout` and `versions` are the writer's plain JSON."""
+    """What a whole checkpoint says of itself. `layout` and `versions` are the writer's plain JSON; one of no layout has an empty one."""
 
     step: int
     layout: dict[str, Any]
@@ -129,16 +131,27 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         raise BadCheckpoint(f"{MANIFEST} is cut short or damaged ({error})") from error
 
 
-def verify(folder: Path, rank: int | None = None) -> CheckpointManifest:
-    """Checks all sizes, and the hashes of what `rank` reads: its own files and rank 0's (None: all). Raises BadCheckpoint."""
+def verify(
+    folder: Path,
+    reads: Callable[[int, FileEntry, CheckpointManifest], bool] | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> CheckpointManifest:
+    """Checks all sizes, and the hashes of the files that `reads` chooses by their number in the manifest (None: of all).
+
+    progress is told the share of the bytes hashed. Raises BadCheckpoint.
+    """
     manifest = read_manifest(folder)
     if step_name(manifest.step) != folder.name:
         raise BadCheckpoint(f"its {MANIFEST} is that of step {manifest.step}")
-    for entry in manifest.files:
-        _check_file(folder, entry, read=rank is None or entry.rank in (0, rank))
+    hashed = [reads is None or reads(number, entry, manifest) for number, entry in enumerate(manifest.files)]
+    total, done = max(sum(entry.bytes for entry, read in zip(manifest.files, hashed, strict=True) if read), 1), 0
+    for entry, read in sorted(zip(manifest.files, hashed, strict=True), key=lambda pair: pair[1]):  # sizes alone first: they cost nothing
+        _check_file(folder, entry, read=read)
+        done += entry.bytes if read else 0
+        progress(done / total)
     listed = {entry.name for entry in manifest.files}
     for path in folder.iterdir():
-        if path.suffix in _PICKLES and path.name not in listed:
+        if path.suffix in _READ and path.name not in (MANIFEST, *listed):
             raise BadCheckpoint(f"{path.name} is not listed in its {MANIFEST}: it was put there later")
     return manifest
 
@@ -193,7 +206,7 @@ def prune(folder: Path, keep: int) -> None:
     if current is None:
         raise ValueError(f"{folder} has no pointer: nothing may be removed")
     kept = [name for name in checkpoints(folder) if step_of(name) <= step_of(current)][:keep]
-    _clear_leftovers(folder)
+    clear_leftovers(folder)
     for name in checkpoints(folder):
         if name not in kept:
             _remove_logged(folder / name, aside=folder / f".{name}.removed")
@@ -203,7 +216,7 @@ def start_partial(folder: Path, step: int) -> Path:
     """An empty folder to write a checkpoint into, after clearing away what earlier, interrupted saves left. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     restore_replaced(folder)
-    _clear_leftovers(folder)
+    clear_leftovers(folder)
     partial = partial_folder(folder, step)
     partial.mkdir()
     return partial
@@ -216,7 +229,8 @@ def abandon_partial(folder: Path, step: int) -> None:
         _remove_logged(partial, aside=partial)
 
 
-def _clear_leftovers(folder: Path) -> None:
+def clear_leftovers(folder: Path) -> None:
+    """Removes what saves and conversions left behind or set aside; what cannot be removed is logged."""
     for path in leftovers(folder):
         _remove_logged(path, aside=path)
 

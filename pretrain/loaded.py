@@ -99,7 +99,7 @@ def load_model(path: Path, *, device: torch.device | None = None, dtype: torch.d
 def load_run(run: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> LoadedRun:
     """The model of a run's newest whole checkpoint. Raises Refusal."""
     from pretrain import checkpoint_files as files
-    from pretrain.checkpoint import newest_whole
+    from pretrain.checkpoint_choice import newest_whole
 
     recipe = recipe_of(run)
     folder = newest_whole(run / CHECKPOINTS)
@@ -130,6 +130,8 @@ def recipe_of(run: Path) -> Recipe:
 def tokenizer_of(run: Path, recipe: Recipe) -> Path:
     """A run's tokenizer.json. Raises Refusal where neither the run nor its data has one."""
     kept = run / TOKENIZER
+    if not kept.is_file() and recipe.data.path is None:
+        raise Refusal(f"{run} has no {TOKENIZER} and names no data to take one from. Put the model's tokenizer.json into it.")
     return kept if kept.is_file() else tokenizer_file(recipe.sources[0][0], recipe.data.cache)
 
 

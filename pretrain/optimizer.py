@@ -131,7 +131,7 @@ class MuonAdamW(torch.optim.Optimizer):
             live = [p for p in group["params"] if p.grad is not None]
             if not live:
                 continue
-            self._make_state(live, group)
+            self.make_state(live, group)
             if group["update"] == MUON:
                 self._muon_step(live, group)
             else:
@@ -148,7 +148,8 @@ class MuonAdamW(torch.optim.Optimizer):
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         return not self.overflow
 
-    def _make_state(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def make_state(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """The first state of those of a group's parameters that have none."""
         for p in parameters:
             state = self.state[p]
             if state:

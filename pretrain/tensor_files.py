@@ -5,7 +5,7 @@
     FOLDER/STEM.safetensors.index.json                           {"metadata": {"total_size": bytes}, "weight_map": {name: file}}
 
 This is the layout that Hugging Face's libraries read and write, so checkpoints, exports and imports share it. Nothing in such a file can
-run code. Memory stays at a shard and its copy, whatever the whole size. Refused when opened, before any tensor is read: a file that is cut
+run code. Memory stays at a tensor, whatever the whole size. Refused when opened, before any tensor is read: a file that is cut
 short or damaged, a shard that is missing, names that index and shards do not agree on, and a file name that leads out of the folder.
 """
 
@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain import durable
@@ -53,20 +52,19 @@ def write_tensors(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[Path]:
-    """Writes every tensor of `shapes`, each asked of `read` once and in order, and fsyncs the files; returns them.
+    """Writes every tensor of `shapes`, each asked of `read` once (of one type: in order), and fsyncs the files; returns them.
 
     progress is told the share of the bytes written. Raises OSError when the disk refuses, ValueError for another shape or dtype.
     """
     shards = list(_shards(shapes, shard_bytes))
-    total = sum(_bytes(tensor) for tensor in shapes.values())
+    total = sum(tensor.nbytes for tensor in shapes.values())
     names = [f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
     done = 0
     for file, shard in zip(names, shards, strict=True):
-        tensors = {name: _checked(name, read(name), shapes[name]) for name in shard}
-        write_file(folder / file, tensors, metadata)
-        done += sum(_bytes(tensor) for tensor in tensors.values())
+        _write(folder / file, {name: shapes[name] for name in shard}, read, metadata)
+        done += sum(shapes[name].nbytes for name in shard)
         progress(done / max(total, 1))
     paths = [folder / file for file in names]
     if len(shards) > 1:
@@ -79,11 +77,32 @@ def write_tensors(
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One file, fsynced. Raises OSError when the disk refuses."""
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:  # the disk's refusal, in the library's own class
-        raise OSError(f"{path.name}: {error}") from error
-    durable.fsync_file(path)
+    _write(path, tensors, tensors.__getitem__, metadata)
+
+
+def _write(path: Path, shapes: Shapes, read: Callable[[str], Tensor], metadata: Mapping[str, str] | None) -> None:
+    """A tensor at a time: 8 bytes for the length of the header, the header (JSON), then the tensors' bytes in its order, the widest types
+    first, so that every tensor is aligned.
+
+    The library's own writer copies every tensor, and holds the interpreter's lock while it writes: others could not read or hash meanwhile.
+    """
+    shapes = dict(sorted(shapes.items(), key=lambda item: -item[1].element_size()))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, like in shapes.items():
+        header[name] = {"dtype": _SPELT[like.dtype], "shape": list(like.shape), "data_offsets": [end, end + like.nbytes]}
+        end += like.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def writer(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, like in shapes.items():
+            tensor = _checked(name, read(name), like)
+            if tensor.nbytes:
+                file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+
+    durable.write(path, writer)
 
 
 def _shards(shapes: Shapes, limit: int) -> Iterator[list[str]]:
@@ -91,16 +110,12 @@ def _shards(shapes: Shapes, limit: int) -> Iterator[list[str]]:
     shard: list[str] = []
     size = 0
     for name, tensor in shapes.items():
-        if shard and size + _bytes(tensor) > limit:
+        if shard and size + tensor.nbytes > limit:
             yield shard
             shard, size = [], 0
         shard.append(name)
-        size += _bytes(tensor)
+        size += tensor.nbytes
     yield shard
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _checked(name: str, tensor: Tensor, like: Tensor) -> Tensor:
@@ -128,6 +143,11 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, in memory of its own. Raises KeyError for a name there is not."""
         tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def read_rows(self, name: str, first: int, stop: int) -> Tensor:
+        """Rows first:stop of a tensor that has any, without reading the others."""
+        tensor: Tensor = self._files[name].get_slice(name)[first:stop]
         return tensor
 
     def close(self) -> None:
@@ -188,6 +208,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_SPELT = {dtype: spelt for spelt, dtype in _DTYPES.items()}
 
 
 def _dtype(path: Path, name: str, spelt: str) -> torch.dtype:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
+
+STATE = "state.json"
+"""The file it is in."""
 
 FREE_KEYS = (
     "run",
@@ -33,6 +36,12 @@ FREE_KEYS = (
 """Recipe keys (or whole sections) that may differ between a checkpoint and the run that resumes it: they do not change what is learnt.
 
 Data may move: the loader's own state, which is among what is saved, knows its shards by their hashes and refuses others."""
+
+LAYOUT_KEYS = ("layout", "train.micro_batch", "train.compile", "train.recompute")
+"""How the work is divided, which may differ too: it changes what is learnt by rounding alone. train.global_batch is not of them."""
+
+MODEL_KEYS = ("model", "attractor", "loop")
+"""What the weights alone settle."""
 
 
 @dataclass
@@ -58,9 +67,12 @@ class TrainingState:
         return cls(**{part.name: stored[part.name] for part in fields(cls)})
 
 
-def changed_keys(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """One phrase a key that differs and may not, as `optimizer.lr: 0.001 in the checkpoint, 0.002 now`; sorted by key."""
-    before, after = _binding(stored), _binding(present)
+def changed_keys(stored: Mapping[str, Any], present: Mapping[str, Any], *, only: Sequence[str] | None = None) -> list[str]:
+    """One phrase a key that differs and may not, as `optimizer.lr: 0.001 in the checkpoint, 0.002 now`; sorted by key.
+
+    only: the keys or sections that may not; None: all but FREE_KEYS and LAYOUT_KEYS.
+    """
+    before, after = _binding(stored, only), _binding(present, only)
     return [
         f"{key}: {_show(before, key)} in the checkpoint, {_show(after, key)} now"
         for key in sorted(before.keys() | after.keys())
@@ -72,12 +84,16 @@ def _show(flat: Mapping[str, Any], key: str) -> str:
     return json.dumps(flat[key]) if key in flat else "absent"
 
 
-def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
+def _binding(config: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]:
     return {
         key: value
         for key, value in _flatten(config, "").items()
-        if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        if (not _among(key, (*FREE_KEYS, *LAYOUT_KEYS)) if only is None else _among(key, only))
     }
+
+
+def _among(key: str, keys: Sequence[str]) -> bool:
+    return any(key == other or key.startswith(other + ".") for other in keys)
 
 
 def _flatten(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -113,6 +129,14 @@ def restore_random_states(text: str) -> None:
     torch.set_rng_state(_unhex(states["torch"]))
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(_unhex(states["cuda"]))
+
+
+def reseed(seed: int, step: int, rank: int) -> None:
+    """Sets every generator anew, for a rank that has no state of its own to restore: the same for the same seed, step and rank."""
+    for_python, for_numpy, for_torch = np.random.SeedSequence([seed, step, rank]).generate_state(3).tolist()
+    random.seed(for_python)
+    np.random.seed(for_numpy)
+    torch.manual_seed(for_torch)
 
 
 def _hex(state: torch.Tensor) -> str:

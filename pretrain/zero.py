@@ -122,10 +122,7 @@ def _compare_tensor_ranks(matrices: list[tuple[Matrix, ...]], mesh: Mesh) -> Non
 
 def _flat_pieces(optimizer: MuonAdamW, wrapper: Any, mesh: Mesh) -> dict[Tensor, MatrixPieces]:
     """ZeRO 1 and 2: where each parameter lies is read off its storage, which is a view of the group's flat weights."""
-    if isinstance(wrapper, BF16_Optimizer):
-        masters, groups, flats = wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, wrapper.bf16_groups_flat
-    else:
-        masters, groups, flats = wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups, wrapper.bit16_groups_flat
+    masters, groups, flats = flat_groups(wrapper)
     _require(len(masters) == len(optimizer.param_groups), "not one partition a group")
     pieces = {}
     for index, (group, master, whole) in enumerate(zip(optimizer.param_groups, masters, flats, strict=True)):
@@ -136,13 +133,20 @@ def _flat_pieces(optimizer: MuonAdamW, wrapper: Any, mesh: Mesh) -> dict[Tensor,
         own = whole.narrow(0, mesh.where.data * partition, partition)
         _require(torch.equal(own.to(master.dtype), master.detach()), "the fp32 partition is not this rank's run of the weights")
         if group["update"] == MUON:
-            parameters, offsets = groups[index], _offsets(groups[index], whole)
+            parameters, offsets = groups[index], offsets_in(groups[index], whole)
             cut = cut_contiguously([parameter.numel() for parameter in parameters], offsets, partition, mesh.layout.data)
             pieces[master] = _pieces_on_stage(parameters, [parameter.shape for parameter in parameters], cut, wrapper, mesh)
     return pieces
 
 
-def _offsets(parameters: Sequence[Tensor], whole: Tensor) -> list[int]:
+def flat_groups(wrapper: Any) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
+    """ZeRO 1 and 2, by group: this rank's master, the parameters, and the buffer of whole weights that both are of."""
+    if isinstance(wrapper, BF16_Optimizer):
+        return wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, wrapper.bf16_groups_flat
+    return wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups, wrapper.bit16_groups_flat
+
+
+def offsets_in(parameters: Sequence[Tensor], whole: Tensor) -> list[int]:
     """Where each parameter starts in its group's flat weights."""
     offsets = [(parameter.data_ptr() - whole.data_ptr()) // whole.element_size() for parameter in parameters]
     for parameter, offset in zip(parameters, offsets, strict=True):
