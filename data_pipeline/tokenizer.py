@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BEGIN = "<|endoftext|>"
-BEGIN_NAMES = (BEGIN, "<|begin_of_text|>", "<s>")  # ours and GPT-2's; Llama 3's; Llama 1's and 2's
+BEGIN_NAMES = (BEGIN, "<|begin_of_text|>", "<s>", "<|bos|>")  # ours and GPT-2's; Llama 3's; Llama 1's and 2's; nanochat's
 SMALLEST = 257  # the bytes and the begin token
 DEFAULT_VOCABULARY = 32_768
 

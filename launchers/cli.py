@@ -11,13 +11,45 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from launchers.commands import bench, compare, data, demo, doctor, evaluate, launch, plan, study, sweep, train
+from launchers.commands import (
+    bench,
+    checkpoint,
+    compare,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    import_,
+    launch,
+    plan,
+    study,
+    sweep,
+    train,
+)
 from launchers.output import print_error, print_note
 from pretrain.errors import Refusal, RunStopped
 
 REFUSED = 2
 INTERRUPTED = 130
-ORDER = ("data", "plan", "train", "sweep", "study", "launch", "evaluate", "compare", "bench", "doctor", "demo")
+ORDER = (
+    "data",
+    "plan",
+    "train",
+    "sweep",
+    "study",
+    "launch",
+    "checkpoint",
+    "evaluate",
+    "generate",
+    "export",
+    "import",
+    "compare",
+    "bench",
+    "doctor",
+    "demo",
+)
 
 
 class Face(TyperGroup):
@@ -57,7 +89,11 @@ app.command("train", epilog=train.EPILOG)(train.command)
 app.command("sweep", epilog=sweep.EPILOG)(sweep.command)
 app.command("study", epilog=study.EPILOG)(study.command)
 app.add_typer(launch.app, name="launch")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.command("evaluate", epilog=evaluate.EPILOG)(evaluate.command)
+app.command("generate", epilog=generate.EPILOG)(generate.command)
+app.command("export", epilog=export.EPILOG)(export.command)
+app.command("import", epilog=import_.EPILOG)(import_.command)
 app.command("compare", epilog=compare.EPILOG)(compare.command)
 app.add_typer(bench.app, name="bench")
 app.command("doctor", epilog=doctor.EPILOG)(doctor.command)

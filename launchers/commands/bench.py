@@ -53,6 +53,14 @@ _LAYOUT_EPILOG = """\
   attractor bench layout attractor-140m train.global_batch=32 train.micro_batch=2 --procs 8 --json
 """
 
+_GENERATE_EPILOG = """\
+[bold]Examples[/]
+
+  attractor bench generate
+
+  attractor bench generate edu-5m --tokens 512 --json
+"""
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Row = dict[str, Any]
 
@@ -242,3 +250,71 @@ def _cell(name: str, value: Any) -> str:
     if name.endswith("seconds"):
         return f"{value:.4f}"
     return si(value) if abs(value) >= 1000 else f"{value:.3g}"
+
+
+_CHECKPOINT_EPILOG = """\
+[bold]Examples[/]
+
+  attractor bench checkpoint attractor-140m
+
+  attractor bench checkpoint transformer-1.3b --ranks 4 --dir /scratch --json
+"""
+
+
+@app.command("checkpoint", epilog=_CHECKPOINT_EPILOG)
+def checkpoint(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Whose size and optimizer the checkpoint has.")] = "attractor-1.3b",
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Data ranks that it is of.")] = 4,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Where to write it: it takes 10 times the weights' fp32 bytes.", show_default="the temporary folder"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time the change of a checkpoint's layout beside a plain copy of the same bytes, and its memory."""
+    resolved = load_recipe(recipe, overrides or [])
+
+    def compute() -> list[Row]:
+        from pretrain.bench_checkpoint import bench_checkpoint
+
+        return bench_checkpoint(resolved, ranks, folder)
+
+    deliver(as_json, compute, lambda rows: _show("Checkpoint", rows))
+
+
+@app.command("generate", epilog=_GENERATE_EPILOG)
+def generate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The model to time.")] = "demo",
+    overrides: Overrides = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=64, help="New tokens a case.")] = 512,
+    as_json: AsJson = False,
+) -> None:
+    """Time generation with a cache and without, at no iterations and to the tolerance, beside a Transformer of the backbone's size."""
+    resolved = load_recipe(recipe, overrides or [])
+
+    def compute() -> list[Row]:
+        from pretrain.bench_generate import bench_generate
+
+        return bench_generate(resolved, tokens)
+
+    deliver(as_json, compute, _show_generation)
+
+
+def _show_generation(rows: list[Row]) -> None:
+    table = Table(title=f"Generation of {rows[0]['tokens']} tokens", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for name in ("model, depth", "iterations", "tokens/s", "beside", "uncached", "gain", "same"):
+        table.add_column(name, justify="left" if name == "model, depth" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["case"],
+            f"{row['iterations_per_token']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            "" if row["over_transformer"] is None else f"{100 * row['over_transformer']:.1f}%",
+            f"{row['uncached_tokens_per_second']:.1f}",
+            f"{row['cached_over_uncached']:.1f}x",
+            f"{100 * row['agreed']:.0f}%",
+        )
+    console().print(table)
+    console().print("beside: speed in turns with the transformer. uncached: all tokens again for each", style="dim")
+    console().print("gain: cached over uncached. same: share of tokens that both choose", style="dim")

@@ -1,18 +1,18 @@
-"""`attractor evaluate`: a run's validation loss and bits per byte by solver iterations, and how it does in the tasks of CORE.
+"""`attractor evaluate`: a run's losses by solver iterations, what its solve does token by token, and how it does in tasks.
 
-docs/evaluation.md says what each figure is.
+docs/evaluation.md says what each figure is; launchers/evaluate_report.py shows them.
 """
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
-from launchers.output import console, deliver, fraction_bar
+from launchers.evaluate_report import show_core, show_internalization, show_losses, show_solvers, show_tasks
+from launchers.output import deliver, fraction_bar
 from pretrain.errors import Refusal
 
 EPILOG = """\
@@ -22,15 +22,28 @@ EPILOG = """\
 
   attractor evaluate runs/demo --solver-iterations 0,1,8,auto --json
 
-  attractor evaluate runs/demo --solvers
+  attractor evaluate runs/demo --internalization
+
+  attractor evaluate runs/demo --tasks lambada_openai,blimp --limit 200
+
+  attractor evaluate exports/demo --tasks lambada_openai --through hf
 
   attractor evaluate runs/demo --core eval_bundle --max-per-task 200
 """
 
+Iterations = list[int | str]
 
-def parse_iterations(text: str) -> list[int | str]:
+
+class Through(StrEnum):
+    """Who runs the model in lm-eval's tasks."""
+
+    attractor = "attractor"
+    hf = "hf"
+
+
+def parse_iterations(text: str) -> Iterations:
     """`0,1,auto` -> [0, 1, "auto"]. Raises Refusal for anything else."""
-    values: list[int | str] = []
+    values: Iterations = []
     for word in (part.strip() for part in text.split(",")):
         if word in ("auto", "strict"):
             values.append(word)
@@ -44,15 +57,25 @@ def parse_iterations(text: str) -> list[int | str]:
     return values
 
 
-def one_depth(iterations: list[int | str] | None, text: str | None) -> int | str | None:
-    """The one depth at which tasks are asked; None for the run's own. Raises Refusal for several."""
+def one_depth(report: str, iterations: Iterations | None) -> int | str | None:
+    """The one depth at which tasks are asked; None for the model's own. Raises Refusal for several."""
     if iterations is not None and len(iterations) > 1:
-        raise Refusal(f"--core asks at one depth, and --solver-iterations {text} names {len(iterations)}: give one, such as auto, or none.")
+        named = ",".join(map(str, iterations))
+        raise Refusal(
+            f"{report} asks at one depth, and --solver-iterations {named} names {len(iterations)}: give one, such as auto, or none."
+        )
     return iterations[0] if iterations else None
 
 
+def refuse_strangers(report: str | None, given: dict[str, tuple[str, object]]) -> None:
+    """Raises Refusal for an option of a report that was not asked for. given: option -> (its reports, its value)."""
+    for option, (reports, value) in given.items():
+        if value is not None and report not in reports.split(" and "):
+            raise Refusal(f"{option} goes with {reports}, which is not given. Leave it out, or ask for that report.")
+
+
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/demo.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run folder, such as runs/demo.", show_default=False)],
     solver_iterations: Annotated[
         str | None,
         typer.Option(
@@ -65,6 +88,13 @@ def command(
     solvers: Annotated[
         bool, typer.Option("--solvers", help="Compare kinds of solver instead: evaluations, seconds, loss, and what later tokens leak.")
     ] = False,
+    internalization: Annotated[
+        bool, typer.Option("--internalization", help="Report instead how near proposal and equilibrium are, token by token. Draws a PNG.")
+    ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="NAME,...", help="Run tasks of lm-eval instead, on a run or an export.", show_default=False),
+    ] = None,
     core: Annotated[
         Path | None,
         typer.Option(
@@ -74,38 +104,80 @@ def command(
             show_default=False,
         ),
     ] = None,
+    through: Annotated[
+        Through | None,
+        typer.Option("--through", help="With --tasks: our model class, or lm-eval's hf on an export.", show_default="attractor"),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option("--tasks-dir", metavar="DIR", help="With --tasks: task files of your own (YAML).", show_default=False)
+    ] = None,
+    tasks_data: Annotated[
+        Path | None,
+        typer.Option("--tasks-data", metavar="DIR", help="With --tasks: files of local_* tasks.", show_default="$ATTRACTOR_DATA/evals"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", metavar="N", min=1, help="With --tasks: documents a task; with --internalization: windows.", show_default="all"
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", metavar="N", min=1, help="With --tasks: rows at a time.", show_default="what fits")
+    ] = None,
     max_per_task: Annotated[
         int | None, typer.Option("--max-per-task", metavar="N", min=1, help="With --core: examples a task at most.", show_default="all")
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="With --tasks and --internalization: where files go.", show_default="into the run"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Report a run's validation loss by solver iterations, or how it does in the tasks of CORE."""
+    """Report a run's validation loss by solver iterations, what its solve does token by token, or how it does in tasks."""
     iterations = None if solver_iterations is None else parse_iterations(solver_iterations)
     if not run.is_dir():
         raise Refusal(f"{run} is not a run folder: give the folder that `attractor train` wrote (run.dir), such as runs/demo.")
+    asked = {"--solvers": solvers, "--internalization": internalization, "--tasks": tasks is not None, "--core": core is not None}
+    reports = [option for option, wanted in asked.items() if wanted]
+    if len(reports) > 1:
+        raise Refusal(f"{' and '.join(reports)} are {len(reports)} reports: ask for one at a time.")
+    report = reports[0] if reports else None
+    of_tasks = {"--through": through, "--tasks-dir": tasks_dir, "--tasks-data": tasks_data, "--batch": batch}
+    given: dict[str, tuple[str, object]] = {option: ("--tasks", value) for option, value in of_tasks.items()}
+    of_both = {option: ("--tasks and --internalization", value) for option, value in (("--limit", limit), ("--out", out))}
+    refuse_strangers(report, given | of_both | {"--max-per-task": ("--core", max_per_task)})
 
-    if core is None and max_per_task is not None:
-        raise Refusal("--max-per-task bounds the examples of --core, which is not given. Leave it out, or name a bundle with --core.")
-    if core is not None:
-        if solvers:
-            raise Refusal("--core and --solvers are two reports: ask for one at a time.")
-        depth = one_depth(iterations, solver_iterations)
-        deliver(as_json, lambda: _core(run, core, depth, max_per_task), _show_core)
-        return
-    if solvers:
-        deliver(as_json, lambda: _compare(run), _show_solvers)
-        return
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        depth = one_depth("--tasks", iterations)
+        settings = {
+            "tasks_dir": tasks_dir,
+            "tasks_data": tasks_data,
+            "limit": limit,
+            "batch": batch,
+            "solver_iterations": depth,
+            "out": out,
+        }
+        deliver(as_json, lambda: _tasks(run, names, (through or Through.attractor).value, settings), show_tasks)
+    elif core is not None:
+        depth = one_depth("--core", iterations)
+        deliver(as_json, lambda: _core(run, core, depth, max_per_task), show_core)
+    elif solvers:
+        deliver(as_json, lambda: _solvers(run), show_solvers)
+    elif internalization:
+        deliver(as_json, lambda: _internalization(run, iterations, limit, out), show_internalization)
+    else:
+        deliver(as_json, lambda: _losses(run, iterations), show_losses)
 
-    def compute() -> dict[str, Any]:
-        from pretrain.evaluate import evaluate_run
 
-        with fraction_bar("evaluating") as report:
-            return evaluate_run(run, iterations, progress=report)
+def _losses(run: Path, iterations: Iterations | None) -> dict[str, Any]:
+    from pretrain.evaluate import evaluate_run
 
-    deliver(as_json, compute, _show)
+    with fraction_bar("evaluating") as report:
+        return evaluate_run(run, iterations, progress=report)
 
 
-def _compare(run: Path) -> list[dict[str, Any]]:
+def _solvers(run: Path) -> list[dict[str, Any]]:
     from pretrain.solvers import compare_solvers
 
     return compare_solvers(run)
@@ -118,51 +190,17 @@ def _core(run: Path, bundle: Path, depth: int | str | None, limit: int | None) -
         return evaluate_core_run(run, bundle, depth, limit, progress=report)
 
 
-def _show_core(result: dict[str, Any]) -> None:
-    out = console()
-    bound = "" if result["max_per_task"] is None else f", at most {result['max_per_task']} examples a task"
-    out.print(f"[bold]{result['run']}[/]: step {result['step']}, depth {result['depth']}{bound}", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("task", overflow="fold")
-    for column in ("shots", "examples", "accuracy", "baseline", "centred"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for task in result["tasks"]:
-        figures = (f"{task[name]:.4f}" for name in ("accuracy", "baseline", "centred"))
-        table.add_row(task["label"], str(task["fewshot"]), f"{task['examples']:,}", *figures)
-    table.add_section()
-    table.add_row("CORE", "", "", "", "", f"[bold]{result['core']:.4f}[/]")
-    out.print(table)
-    if cut := [task["label"] for task in result["tasks"] if task["cut"]]:
-        most = max(task["cut"] for task in result["tasks"])
-        out.print(
-            f"Cut on the left to fit the sequence length: up to {100 * most:.0f} % of the prompts in {len(cut)} task(s).", highlight=False
-        )
+def _tasks(path: Path, names: list[str], through: str, settings: dict[str, Any]) -> dict[str, Any]:
+    from pretrain.harness_tasks import evaluate_tasks
+
+    if not names:
+        raise Refusal("--tasks names no task: write names with commas between them, such as lambada_openai,blimp.")
+    return evaluate_tasks(path, names, through=through, **settings)
 
 
-def _show_solvers(rows: list[dict[str, Any]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("solver")
-    for column in ("evaluations", "seconds", "loss", "leak"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(row["solver"], f"{row['evaluations']:.2f}", f"{row['solve_seconds']:.3f}", f"{row['loss']:.4f}", f"{row['leak']:.1e}")
-    out = console()
-    out.print(table)
-    out.print("seconds: of the solve of one batch.")
-    out.print("leak: relative change of the first three quarters of the states when the last quarter of the tokens is replaced.")
+def _internalization(run: Path, iterations: Iterations | None, limit: int | None, out: Path | None) -> dict[str, Any]:
+    from pretrain.internalization import DEPTHS, report_internalization
 
-
-def _show(result: dict[str, Any]) -> None:
-    out = console()
-    out.print(f"[bold]{result['run']}[/]: step {result['step']}, {result['tokens']:,} predicted tokens", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("solver iterations", "loss", "perplexity", "bits per byte", "mean iterations used"):
-        table.add_column(column, justify="right")
-    used, bits = result.get("iterations", {}), result.get("bits_per_byte", {})
-    for depth, loss in result["loss"].items():
-        of_bytes = f"{bits[depth]:.4f}" if depth in bits else ""
-        table.add_row(depth, f"{loss:.4f}", f"{result['perplexity'][depth]:.2f}", of_bytes, f"{used[depth]:.2f}" if depth in used else "")
-    out.print(table)
-    if "proposal_distance" in result:
-        distance, converged = result["proposal_distance"], 100 * result["converged"]
-        out.print(f"||y* - y0|| / ||y0|| = {distance:.3g}; {converged:.1f} % of sequences within the tolerance.", highlight=False)
+    depths = DEPTHS if iterations is None else [depth for depth in iterations if isinstance(depth, int)]
+    with fraction_bar("solving") as report:
+        return report_internalization(run, out or run, depths, limit, progress=report)

@@ -32,6 +32,8 @@ EPILOG = """\
 
   attractor train attractor-770m data.path=data/edu run.dir=runs/large --hostfile hosts
 
+  attractor train attractor-770m data.path=data/edu run.dir=runs/large layout.tensor=4 --procs 8 --resume
+
 [bold]Exit codes[/]
 
   0  trained to the end of the token budget
@@ -85,7 +87,7 @@ def command(
     recipe: Recipe,
     overrides: Overrides = None,
     procs: Annotated[int, typer.Option("--procs", min=1, help="Processes on this machine: one a GPU.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint of the run folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint of the run folder, on this layout or another.")] = False,
     hostfile: Hostfile = None,
     ssh_port: SshPort = None,
     master_addr: MasterAddress = None,

@@ -68,8 +68,13 @@ def test_core_is_shown_and_kept_in_the_run_folder(trained: Path, bundle: Path) -
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--max-per-task", "5"], "--max-per-task bounds the examples of --core"),
-        (["--core", "BUNDLE", "--solvers"], "one at a time"),
+        (["--max-per-task", "5"], "--max-per-task goes with --core, which is not given"),
+        (["--core", "BUNDLE", "--solvers"], "--solvers and --core are 2 reports: ask for one at a time"),
+        (["--limit", "5"], "--limit goes with --tasks and --internalization, which is not given"),
+        (["--core", "BUNDLE", "--through", "hf"], "--through goes with --tasks"),
+        (["--tasks", " , "], "--tasks names no task"),
+        (["--tasks", "local_blimp", "--solver-iterations", "0,1"], "--tasks asks at one depth, and --solver-iterations 0,1 names 2"),
+        (["--internalization"], "There is no run in"),
         (["--core", "BUNDLE", "--solver-iterations", "0,auto"], "names 2"),
         (["--core", "nowhere"], "nowhere/core.yaml cannot be read"),
         (["--core", "BUNDLE", "--max-per-task", "2"], "at least 3"),
