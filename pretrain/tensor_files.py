@@ -102,7 +102,10 @@ def _write(path: Path, shapes: Shapes, read: Callable[[str], Tensor], metadata: 
             if tensor.nbytes:
                 file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
-    durable.write(path, writer)
+    try:
+        durable.write(path, writer)
+    except OSError as error:  # a full disk says nothing of the file
+        raise OSError(error.errno, f"{path.name}: {error.strerror}") from error
 
 
 def _shards(shapes: Shapes, limit: int) -> Iterator[list[str]]:
