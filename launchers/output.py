@@ -29,12 +29,17 @@ def error_console() -> Console:
 
 def print_error(message: str) -> None:
     """One paragraph on standard error, led by a red 'error'."""
-    error_console().print(Text("error: ", style="bold red") + Text(message), soft_wrap=True)
+    error_console().print(Text("error: ", style="bold red") + Text(_printable(message)), soft_wrap=True)
 
 
 def print_note(message: str) -> None:
     """One paragraph on standard error that is no error."""
-    error_console().print(Text(message), soft_wrap=True)
+    error_console().print(Text(_printable(message)), soft_wrap=True)
+
+
+def _printable(message: str) -> str:
+    """With control characters spelt out: names out of a stranger's file must not reach the terminal as commands."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in message)
 
 
 @contextlib.contextmanager

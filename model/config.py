@@ -8,6 +8,7 @@ and its code) unless docs/design.md says why not.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,6 +68,8 @@ class BackboneConfig:
             f"model.kv_heads={self.kv_heads} must be positive and divide model.heads={self.heads}.",
         )
         _require(self.hidden > 0, f"model.mlp_width must be positive, not {self.mlp_width}.")
+        _require(math.isfinite(self.rope_base) and self.rope_base > 1, f"model.rope_base must be above 1, not {self.rope_base}.")
+        _require(math.isfinite(self.norm_eps) and self.norm_eps > 0, f"model.norm_eps must be above 0, not {self.norm_eps}.")
         _require(
             not self.value_embeddings or 0 < self.value_gate_channels <= self.width,
             f"model.value_embeddings needs model.value_gate_channels={self.value_gate_channels} to lie in 1 ... model.width={self.width}.",

@@ -15,6 +15,7 @@ A code-free export (`plain`) holds a stock architecture instead (pretrain/export
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import time
@@ -33,7 +34,7 @@ from data_pipeline.tokenizer import read_tokenizer_json
 from model.config import ModelConfig
 from model.cost import count_parameters
 from pretrain import checkpoint_files, durable
-from pretrain.errors import Refusal
+from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
 from pretrain.export_check import check_prompts, compare_logits, read_back
 from pretrain.export_config import CONFIG, config_document, read_config
 from pretrain.export_plain import Stock, plain_document, plain_tensors, stock_architecture
@@ -60,7 +61,8 @@ def export_run(
 ) -> dict[str, Any]:
     """Exports the newest whole checkpoint of a run (its average, where one is kept) to `out`, a folder that must not exist.
 
-    Returns what was exported, as plain JSON. progress: told the share done. Raises Refusal, and then nothing is at `out`.
+    Returns what was exported, as plain JSON. progress: told the share done. Raises Refusal for bad input,
+    RunStopped (code 5) when the disk refuses; then there is no `out`.
     """
     began = time.monotonic()
     _refuse_target(out)
@@ -112,7 +114,7 @@ def export_run(
 
 
 def _refuse_target(out: Path) -> None:
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise Refusal(f"{out} already exists. An export takes the place of nothing: give --out a folder that does not exist, or remove it.")
     if out.name in ("", ".", ".."):
         raise Refusal(f"--out {out} is no name for a new folder.")
@@ -142,7 +144,7 @@ def _compare(loaded: LoadedRun, stock: Stock | None, document: dict[str, Any], t
         exported.load_state_dict(state, assign=True)
     else:
         exported = _stock_model(architecture, stock, document, state)
-    depths: tuple[int | str, ...] = (0,) if stock is not None else (0, 1, "auto")
+    depths: tuple[int | str, ...] = (0,) if stock is not None or architecture.model.kind == "transformer" else (0, 1, "auto")
     prompts = check_prompts(architecture.model.vocabulary_size or 0, tokenizer.prompt, loaded.sequence_length)
     return compare_logits(model, exported.eval(), prompts, depths, plain=stock is not None)
 
@@ -176,7 +178,7 @@ def _publish(
     run: Path,
     progress: Progress,
 ) -> int:
-    """Writes, reads back, names. Returns the bytes of the weights. Raises Refusal when the disk refuses; then nothing is left."""
+    """Writes, reads back, names. Returns the bytes of the weights. Raises RunStopped when the disk refuses; then nothing is left."""
     folder = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -196,8 +198,9 @@ def _publish(
         durable.fsync_folder(out.parent)
         return sum((out / file.name).stat().st_size for file in files)
     except OSError as error:
-        raise Refusal(
-            f"{out} could not be written: {error.strerror or error}. Nothing is left of it; make room there, or choose another."
+        raise RunStopped(
+            f"{out} could not be written: {error.strerror or error}. Nothing is left of it. Make room there, or choose another --out.",
+            BAD_CHECKPOINT_WRITE,
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -211,7 +214,7 @@ def _refuse_full_disk(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.01 * size:
         raise Refusal(
-            f"The export takes {size / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} free. Make room there, or choose another --out."
+            f"The export takes {size / 2**20:,.1f} MiB and {folder} has {free / 2**20:,.1f} free. Make room there, or choose another --out."
         )
 
 
@@ -233,9 +236,9 @@ def _provenance(facts: CardFacts, run: Path, hashes: dict[str, str]) -> str:
         "name": facts.recipe.run.name,
         "step": facts.step,
         "weights": facts.which,
-        **{name: facts.record.get(name) for name in ("tokens", "flops", "evaluation")},
+        **{name: facts.record.get(name) for name in ("imported", "tokens", "flops", "evaluation")},
         "sequence_length": facts.sequence_length,
-        "begin_token": {"token": facts.begin, "policy": "before every document, in training and in use"},
+        "begin_token": {"token": facts.begin, "policy": "before every document"},
         "logit_difference": dict(facts.compared),
         "trained_by": {name: begun[-1].get(name) for name in ("commit", "python", "packages")} if begun else None,
         "recipe": facts.recipe.model_dump(mode="json"),

@@ -112,7 +112,7 @@ def _document(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise Refusal(f"{path} cannot be read: {error.strerror}. Give the folder that `attractor export` wrote.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{path} is no JSON ({error}): it is cut short or damaged. Copy the export again, whole.") from error
     if not isinstance(document, dict):
         raise Refusal(f"{path} is no JSON object. Copy the export again, whole.")
@@ -131,7 +131,7 @@ def _architecture(document: dict[str, Any], path: Path) -> ModelConfig:
                 raise ValueError(f"solver_tolerance={json.dumps(tolerance)} is no number.")
             sections["solver"] = replace(sections["solver"], tolerance=float(tolerance))
         architecture = ModelConfig(**sections)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise Refusal(f"{path} describes no model: {error}") from error
     if architecture.model.vocabulary_size is None:
         raise Refusal(f"{path} has no model.vocabulary_size, which an export states. Copy the export again, whole.")

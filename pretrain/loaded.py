@@ -8,7 +8,7 @@ A run's tokenizer is RUN/tokenizer.json, which training leaves there; of a run t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 
 from data_pipeline.token_bytes import tokenizer_file
 from model.config import ModelConfig
+from model.cost import count_parameters
 from model.language_model import LanguageModel, build
 from pretrain.config import Recipe
 from pretrain.errors import Refusal
@@ -137,12 +138,23 @@ def tokenizer_of(run: Path, recipe: Recipe) -> Path:
 
 def load_weights(architecture: ModelConfig, folder: Path, stem: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """The model of that architecture with the tensors of FOLDER/STEM, in eval mode. Raises Refusal for tensors that are not its own."""
-    model = build(architecture, device="meta")
     with TensorFiles(folder, stem) as tensors:
+        refuse_larger(architecture, tensors.shapes, folder)
+        model = build(architecture, device="meta")
         refuse_other_tensors({name: tensor for name, tensor in model.named_parameters()}, tensors.shapes, folder)
         state = {name: tensors.read(name).to(device, dtype) for name in tensors.shapes}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(True)
+
+
+def refuse_larger(architecture: ModelConfig, found: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Raises Refusal for a model of more than twice the size found: a configuration of any size is refused before its model is built."""
+    wanted, there = count_parameters(architecture).total, sum(tensor.numel() for tensor in found.values())
+    if wanted > 2 * there:
+        raise Refusal(
+            f"The weights in {where} hold {there:,} numbers, and the model that its configuration describes has {wanted:,}. They are not "
+            f"of one model: copy both again from their source."
+        )
 
 
 def refuse_other_tensors(wanted: dict[str, torch.nn.Parameter], found: dict[str, torch.Tensor], where: Path) -> None:

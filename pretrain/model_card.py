@@ -13,6 +13,7 @@ from typing import Any
 
 from model.cost import Parameters
 from pretrain.config import Recipe
+from pretrain.published import IMPORTED
 from pretrain.run_folder import EVALUATIONS, SUMMARY
 
 
@@ -38,8 +39,10 @@ class CardFacts:
 
 
 def run_record(run: Path, step: int) -> dict[str, Any]:
-    """Tokens and FLOPs of a run (summary.json), and its evaluation at `step`, or the last before; what is not there is left out."""
+    """Tokens and FLOPs of a run (summary.json), its evaluation at `step`, or the last before, and what its weights were imported from."""
     record: dict[str, Any] = {}
+    if imported := _json_lines(run / IMPORTED, whole=True):
+        record["imported"] = {"source": Path(imported[0]["source"]).name, "sha256": imported[0]["sha256"]}
     summary = _json_lines(run / SUMMARY, whole=True)
     if summary and summary[0].get("step") == step:
         record |= {"tokens": summary[0].get("tokens"), "flops": (summary[0].get("flops") or {}).get("total")}
@@ -92,7 +95,12 @@ def _about(facts: CardFacts) -> str:
     m, p = facts.recipe.model, facts.parameters
     sizes = f"{p.total:,} parameters: {p.matmul:,} in matrices inside blocks, {p.embedding + p.head:,} in embeddings"
     sizes += f", {p.value_embedding:,} in value embeddings" if p.value_embedding else ""
-    shape = f"width {m.width}, {m.heads} heads of {m.head_dim}, {m.backbone_layers} blocks, {m.mlp}, vocabulary {m.vocabulary_size:,}"
+    blocks = f"{m.backbone_layers} blocks"
+    if m.solves:
+        blocks += f" in the backbone and {facts.recipe.attractor.layers} in the map"
+    elif m.loops:
+        blocks += f", {facts.recipe.loop.core} of them in the loop"
+    shape = f"width {m.width}, {m.heads} heads of {m.head_dim}, {blocks}, {m.mlp}, vocabulary {m.vocabulary_size:,}"
     text = f"{_KINDS[m.kind]}\n\n{sizes}; {shape}; trained on sequences of {facts.sequence_length} tokens."
     if facts.stock is None:
         return text
@@ -142,20 +150,33 @@ def _solver(facts: CardFacts) -> str:
 
 
 def _texts(facts: CardFacts) -> str:
+    why = f"Every document of training began with `{facts.begin}`, so the tokenizer puts it before every text, once; without it the model "
+    why += "reads what it never saw in training."
+    if facts.record.get("imported") and facts.step == 0:
+        why = f"`{facts.begin}` begins a document, so the tokenizer puts it before every text, once."
     return (
-        f"## Texts\n\nEvery document of training began with `{facts.begin}`, so the tokenizer puts it before every text, once; without it "
-        f"the model is outside what it was trained on. It ends a generation too, since it begins the next document. A text that spells it "
-        f"out is read as ordinary characters."
+        f"## Texts\n\n{why} It ends a generation too, since it begins the next document. A text that spells it out is read as ordinary "
+        f"characters."
     )
 
 
 def _training(facts: CardFacts) -> str:
     recipe, record = facts.recipe, facts.record
+    if (imported := record.get("imported")) and facts.step == 0:
+        return (
+            f"## Training\n\nImported from `{imported['source']}` and not trained since: what trained it is told there. The hashes of its "
+            f"files are in attractor.json."
+        )
     rows = [
         ("recipe", f"`{recipe.run.name}`; every key is in attractor.json"),
-        ("data", ", ".join(f"`{path}` (weight {weight:g})" for path, weight in recipe.sources) if recipe.data.path else "not stated"),
+        (
+            "data",
+            ", ".join(f"`{Path(path).name}` (weight {weight:g})" for path, weight in recipe.sources) if recipe.data.path else "not stated",
+        ),
         ("step", f"{facts.step:,}"),
     ]
+    if imported:
+        rows.append(("began from", f"weights imported from `{imported['source']}`; steps, tokens and FLOPs are those since"))
     if record.get("tokens"):
         rows.append(("tokens", f"{record['tokens']:,}"))
     if record.get("flops"):
@@ -182,14 +203,18 @@ def _evaluation(facts: CardFacts) -> str:
     note = (
         f"Held-out text of the training data, {evaluation.get('predicted_tokens', 0):,} predicted tokens, at step {evaluation['step']:,}."
     )
+    if facts.recipe.model.solves:
+        note += " There `auto` stops sequence by sequence, here token by token: the two differ by about the tolerance."
     return f"## Evaluation\n\n{note}\n\n" + _table(heads, rows)
 
 
 def _checks(facts: CardFacts) -> str:
-    told = ", ".join(f"{difference:.1e} at {depth}" for depth, difference in facts.compared.items())
+    told = ", ".join(f"{difference:.1e} at {depth}" for depth, difference in facts.compared.items()) + " iterations"
+    if facts.recipe.model.kind == "transformer":
+        told = f"{facts.compared['0']:.1e}"
     return (
         f"## Checked\n\nBefore it was written, its logits were compared with the training model's in fp32, on random tokens and a real "
-        f"prompt. Largest difference, relative to the largest logit where that is above 1: {told} iterations."
+        f"prompt. Largest difference, relative to the largest logit where that is above 1: {told}."
     )
 
 

@@ -85,7 +85,7 @@ class AttractorConfig(PretrainedConfig):
 
     model_type = "attractor"
     has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -632,7 +632,7 @@ class AttractorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -640,6 +640,7 @@ class AttractorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         solver_iterations: int | str | None = None,
+        inputs_embeds: Tensor | None = None,
         **loss_options: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the tokens [b, s] given, whose earlier ones are in `past_key_values`; attention_mask [b, k] covers both.
@@ -647,6 +648,8 @@ class AttractorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         use_cache: None takes config.use_cache, and False with gradients on. solver_iterations: None takes config.solver_iterations.
         Hidden states and attentions are not returned.
         """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("This model needs input_ids: value embeddings are functions of the tokens.")
         depth = read_depth(self.config.solver_iterations if solver_iterations is None else solver_iterations)
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
@@ -710,11 +713,15 @@ class AttractorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         return self.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        assert isinstance(value, nn.Embedding)
-        if self.config.model["value_embeddings"] and value.num_embeddings != self.embedding.num_embeddings:
+        self.embedding = value  # type: ignore[assignment]
+
+    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Embedding:
+        """As in transformers; the configuration's sections learn of it. Raises ValueError where value embeddings count rows too."""
+        if self.config.model["value_embeddings"]:
             raise ValueError("The vocabulary cannot be resized: value embeddings have a row for each of its entries too.")
-        self.embedding = value
-        self.config.model["vocabulary_size"] = value.num_embeddings
+        resized = super().resize_token_embeddings(*args, **options)
+        self.config.model["vocabulary_size"] = self.config.vocab_size
+        return resized
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The unembedding where it is a matrix of its own; tied, the embedding itself is read."""

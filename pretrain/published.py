@@ -11,6 +11,7 @@ A tensor is in memory at a time, and a shard while it is written. Everything is 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -32,7 +33,7 @@ from pretrain import durable, export_config
 from pretrain.canonical import WEIGHTS, Source, write_canonical
 from pretrain.config import Recipe
 from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
-from pretrain.loaded import refuse_other_tensors
+from pretrain.loaded import refuse_larger, refuse_other_tensors
 from pretrain.published_config import read_config
 from pretrain.published_files import Published, open_published
 from pretrain.published_names import EMBEDDING, HEAD, TABLE, parameters_of, parts_of, refuse_misfits, rotary_base, with_base
@@ -52,6 +53,7 @@ class _Model:
     shapes: Mapping[str, Tensor]
     read: Callable[[str], Tensor]
     sequence_length: int
+    precision: str = "bf16"
     optimizer: dict[str, float] = field(default_factory=dict)
 
 
@@ -68,7 +70,7 @@ def import_run(
     tokenizer: the model's tokenizer.json, where `source` has none. data: a prepared set to evaluate and train on. progress: told the share
     of the bytes written. Raises Refusal for bad input, RunStopped (code 5) when the disk refuses; then there is no `out`.
     """
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise Refusal(f"{out} is there already, and an import writes a new run folder. Choose another --out, or move that one away.")
     with closing(open_published(source)) as opened:
         model = _own(opened) if opened.own else _published(opened)
@@ -105,6 +107,7 @@ def _published(opened: Published) -> _Model:
     """Weights by their published names, under ours. Raises Refusal for what does not fit its configuration."""
     where = opened.files[0]
     model = read_config(opened.config, opened.config_file)
+    refuse_larger(model.architecture, opened.shapes, where)
     parts = parts_of(model)
     refuse_misfits(model, parts, opened.shapes, where)
     m = model.architecture.model
@@ -132,6 +135,7 @@ def _published(opened: Published) -> _Model:
 def _own(opened: Published) -> _Model:
     """An export of ours: its configuration holds our sections, its names are canonical. Raises Refusal for what is none."""
     stated = export_config.read_config(opened.config_file)
+    refuse_larger(stated.architecture, opened.shapes, opened.config_file.parent)
     wanted = dict(build(stated.architecture, device="meta").named_parameters())
     refuse_other_tensors(wanted, dict(opened.shapes), opened.config_file.parent)
     return _Model(
@@ -139,6 +143,7 @@ def _own(opened: Published) -> _Model:
         shapes=parameters_of(stated.architecture),
         read=lambda name: opened.read(name).float(),
         sequence_length=stated.sequence_length,
+        precision="fp32" if stated.dtype == "float32" else "bf16",
     )
 
 
@@ -154,7 +159,7 @@ def _recipe(model: _Model, out: Path, data: str | None) -> Recipe:
         "run": {"name": out.name, "dir": str(out)},
         "data": {"path": data, "sequence_length": length},
         **sections,
-        "train": {"tokens": _STEPS * 256 * length, "global_batch": 256},
+        "train": {"tokens": _STEPS * 256 * length, "global_batch": 256, "precision": model.precision},
         "optimizer": model.optimizer,
     }
     if model.architecture.model.loops:

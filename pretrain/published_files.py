@@ -78,7 +78,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refusal(f"{path} cannot be read: {error.strerror}. Mend its permissions.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{path} is not JSON ({error}). Copy it again from its source.") from error
     if not isinstance(config, dict):
         raise Refusal(f"{path} holds no configuration: it is not an object of options. Copy it again from its source.")
@@ -171,7 +171,7 @@ def _load(file: Path, packages: tuple[str, ...] | list[str]) -> Any:
         with torch.serialization.safe_globals([(_Placeholder, name) for name in foreign]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, KeyError, EOFError, IndexError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = (str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__).splitlines()[0]
         raise Refusal(
             f"{file} is no whole file of torch.save ({said}): it is cut short, damaged, or of another kind. Copy it again from its source."
         ) from error

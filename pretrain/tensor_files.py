@@ -12,6 +12,7 @@ short or damaged, a shard that is missing, names that index and shards do not ag
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -178,7 +179,7 @@ class TensorFiles:
 
     def _open_file(self, path: Path, expected: set[str] | None) -> None:
         """expected: the names the index gives it."""
-        if not path.is_file():
+        if not os.path.isfile(path):  # a name that no disk can hold is missing too
             raise Refusal(
                 f"The shard {path} is missing, which {index_path(self.folder, self.stem).name} names. Copy the folder again, whole."
             )
@@ -228,7 +229,7 @@ def _read_index(path: Path) -> dict[str, str]:
         return dict(weight_map)
     except OSError as error:
         raise Refusal(f"{path} cannot be read: {error.strerror}. Mend its permissions.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise Refusal(f"{path} is no index of safetensors shards ({error}). Copy the folder again from its source.") from error
 
 

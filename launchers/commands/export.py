@@ -61,11 +61,14 @@ def _show(result: dict[str, Any]) -> None:
     out = console()
     out.print(f"[bold]{result['out']}[/]: {result['kind']}, step {result['step']:,} of {result['run']}", highlight=False)
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    compared = ", ".join(f"{difference:.1e} at {depth}" for depth, difference in result["logit_difference"].items())
+    compared = ", ".join(f"{difference:.1e} at {depth}" for depth, difference in result["logit_difference"].items()) + " iterations"
+    if result["kind"] == "transformer":
+        compared = f"{result['logit_difference']['0']:.1e}"
     table.add_row("class", result["class"] + (" (code-free)" if result["code_free"] else ""))
     table.add_row("weights", f"{result['weights']}: {si(result['parameters'])} parameters, {size(result['bytes'])}")
-    table.add_row("solver iterations", str(result["solver_iterations"]))
-    table.add_row("logits differ by", f"{compared} iterations")
+    if result["kind"] != "transformer":
+        table.add_row("solver iterations", str(result["solver_iterations"]))
+    table.add_row("logits differ by", compared)
     table.add_row("took", f"{result['seconds']:.1f} s, peak memory {size(result['peak_memory_bytes'])}")
     out.print(table)
     remote = "" if result["code_free"] else ", trust_remote_code=True"

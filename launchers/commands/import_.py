@@ -57,14 +57,11 @@ def command(
 def _show(result: dict[str, Any]) -> None:
     out = console()
     out.print(f"[bold]{result['run']}[/] from {result['source']}", highlight=False)
-    out.print(
-        f"{result['kind']}, {result['parameters']:,} parameters from {result['tensors']} tensors, vocabulary "
-        f"{result['vocabulary_size']:,}, sequences of {result['sequence_length']:,} tokens",
-        highlight=False,
-    )
+    out.print(f"{result['kind']}, {result['parameters']:,} parameters from {result['tensors']} tensors", highlight=False)
+    out.print(f"vocabulary {result['vocabulary_size']:,}, sequences of {result['sequence_length']:,} tokens", highlight=False)
     for note in result["notes"]:
         print_note(note)
     data = "" if result["data"] else "data.path=PREPARED "
     if result["data"]:
         out.print(f"Evaluate it: attractor evaluate {result['run']}", highlight=False)
-    out.print(f"Train on:    attractor train {result['run']}/config.yaml {data}train.tokens=N --resume", highlight=False)
+    out.print(f"Train on:    attractor train {result['run']}/config.yaml {data}train.tokens=N --resume", highlight=False, soft_wrap=True)

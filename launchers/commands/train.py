@@ -87,7 +87,9 @@ def command(
     recipe: Recipe,
     overrides: Overrides = None,
     procs: Annotated[int, typer.Option("--procs", min=1, help="Processes on this machine: one a GPU.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint of the run folder, on this layout or another.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest whole checkpoint of the run folder, on this layout or another.")
+    ] = False,
     hostfile: Hostfile = None,
     ssh_port: SshPort = None,
     master_addr: MasterAddress = None,

@@ -22,7 +22,7 @@ from launchers.commands.bench import parse_counts
 from launchers.commands.evaluate import parse_iterations
 from launchers.hosts import Host, Meeting
 from launchers.local import ALONE, Place
-from launchers.output import deliver, si, size
+from launchers.output import deliver, print_error, si, size
 from pretrain.errors import Refusal, RunStopped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +93,10 @@ class TestHelp:
 
 
 class TestErrors:
+    def test_control_characters_of_a_name_do_not_reach_the_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
+        print_error("the tensor a\x1b[2Jb\r is unknown")
+        assert capsys.readouterr().err == "error: the tensor a\\x1b[2Jb\\r is unknown\n"
+
     def test_refusals_are_one_paragraph_on_stderr_and_exit_2(self) -> None:
         result = run("plan", "demo", "train.toknes=3")
         assert result.exit_code == 2

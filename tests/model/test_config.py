@@ -50,6 +50,10 @@ def test_impossible_values_are_refused_by_name(make: Any, fields: dict[str, Any]
         (BackboneConfig, {"kv_heads": -2}),
         (BackboneConfig, {"width": 16, "heads": 2, "value_embeddings": True}),  # fewer channels than the value gate reads
         (BackboneConfig, {"mlp_width": 0}),
+        (BackboneConfig, {"rope_base": 0.0}),
+        (BackboneConfig, {"rope_base": float("nan")}),
+        (BackboneConfig, {"norm_eps": -1.0}),
+        (BackboneConfig, {"norm_eps": float("inf")}),
         (SolverConfig, {"ridge": -1.0}),
         (GradientConfig, {"clip": 0.0}),
         (GradientConfig, {"clip": -1.0}),

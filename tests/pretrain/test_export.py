@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from data_pipeline.tokenizer import BEGIN
 from model.language_model import LanguageModel
 from pretrain import export
-from pretrain.errors import Refusal
+from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
 from pretrain.export import export_run
 from pretrain.export_tokenizer import PROMPT
 from pretrain.loaded import load_model, load_run
@@ -219,8 +219,9 @@ def test_a_full_disk_leaves_nothing(trained: Path, tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "write_tensors", refuse)
-    with pytest.raises(Refusal, match="No space left on device"):
+    with pytest.raises(RunStopped, match="No space left on device") as stopped:
         export_run(trained, tmp_path / "out")
+    assert stopped.value.code == BAD_CHECKPOINT_WRITE
     assert list(tmp_path.iterdir()) == []
 
 
@@ -286,6 +287,8 @@ def change(folder: Path, **values: Any) -> None:
         ({"solver_iterations": "deep"}, "solver_iterations"),
         ({"solver_tolerance": -1}, r"solver\.tolerance must be above 0"),
         ({"solver_tolerance": "fine"}, "solver_tolerance"),
+        ({"solver_tolerance": 10**400}, "describes no model"),
+        ({"attractor__layers": 10**6}, "the model that its configuration describes has"),
         ({"loop": None}, "no section 'loop'"),
         ({"dtype": "int4"}, "dtype"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 from model.config import AttractorConfig, BackboneConfig, LoopConfig, ModelConfig, SolverConfig
 from model.language_model import LanguageModel, build
@@ -179,6 +181,8 @@ def test_what_it_cannot_do_is_said() -> None:
         ExportedConfig(model={"vocabulary_size": 64}, hidden_size=99)
     with pytest.raises(ValueError, match="attention_mask must be"):
         exported(tokens(), attention_mask=torch.ones(3, 4))
+    with pytest.raises(ValueError, match="needs input_ids"):
+        exported(inputs_embeds=torch.zeros(1, 4, 32))
     grown = exported(tokens(), use_cache=True, solver_iterations=2).past_key_values
     with pytest.raises(ValueError, match="filled at solver_iterations=2: at 'auto' begin a new one"):
         exported(tokens(3, 1), past_key_values=grown)
@@ -191,3 +195,13 @@ def test_a_vocabulary_grown_by_transformers_is_told_everywhere() -> None:
     exported.resize_token_embeddings(70)
     again = ExportedConfig(**exported.config.to_dict())
     assert again.vocab_size == again.model["vocabulary_size"] == exported(tokens() + 6).logits.shape[-1] == 70
+
+
+def test_the_trainer_of_transformers_teaches_and_evaluates_it(tmp_path: Path) -> None:
+    _, exported = pair("additive")
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8)]
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "no", "use_cpu": True}
+    trainer = Trainer(exported, TrainingArguments(str(tmp_path), report_to=[], **options), train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before

@@ -236,6 +236,9 @@ def test_published_to_run_to_export_and_back(tmp_path: Path, data: Path) -> None
     exported = load_export(tmp_path / "export", device=torch.device("cpu"), dtype=torch.float32).model
     for iterations in (0, 1, 8):
         assert worst(exported, config, state, iterations) < 5e-5
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "Imported from `theirs` and not trained since" in card
+    assert "optimizer" not in card
     report = import_run(tmp_path / "export", tmp_path / "again")
     again = load_run(tmp_path / "again", device=torch.device("cpu"), dtype=torch.float32)
     assert report["tokenizer"]

@@ -65,6 +65,8 @@ def model(tmp_path: Path) -> Callable[..., Path]:
         ({"n_embd": "64"}, "n_embd='64', where a whole number belongs"),
         ({"tol": float("inf")}, "tol=inf"),
         ({"n_embd": 66}, "model.width=66"),
+        ({"n_embd": 10**12}, "its configuration describes has 16,000,"),
+        ({"n_fp_blocks": 10**6}, "hold 128,192 numbers"),
         ({"_class_name": "LlamaConfig"}, "the class 'LlamaConfig'"),
     ],
 )
@@ -182,6 +184,8 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     source.mkdir()
     assert "neither config.json nor model_config.json" in refusal(source)
     (source / "config.json").write_text("{")
+    assert "is not JSON" in refusal(source)
+    (source / "config.json").write_text("[" * 10**5)
     assert "is not JSON" in refusal(source)
     (source / "config.json").write_text("[]")
     assert "no configuration" in refusal(source)
