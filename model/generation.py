@@ -6,8 +6,8 @@
                     add up to less than p
     token           the first whose cumulative probability exceeds u ~ U[0, 1)
 
-in float64, in the order of transformers' generate. Each row draws its u from a generator of its own, seeded with `seed` and the row's number: what a
-row is given depends on no other row, nor on when one ends.
+in float64, in the order of transformers' generate. Each row draws its u from a generator of its own, seeded with `seed` and the row's
+number: what a row is given depends on no other row, nor on when one ends.
 
 The device is read once a token, for what is handed out, and once an evaluation by an adaptive solve. Positions beyond the trained length
 are only further rotations: nothing refuses them, and nothing was trained on them.
@@ -58,10 +58,17 @@ class Step(NamedTuple):
 
 
 def generate(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, depth: Depth = "auto", end: int | None = None
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    sampling: Sampling,
+    depth: Depth = "auto",
+    end: int | None = None,
+    vocabulary: int | None = None,
 ) -> Iterator[Step]:
     """At most `count` tokens after each prompt (at least one token, of different lengths), in a batch. A row ends before the token `end`,
-    and leaves the batch. depth: as `LanguageModel.extend` takes it."""
+    and leaves the batch. depth: as `LanguageModel.extend` takes it. vocabulary: the ids there are; rows of the unembedding from there on
+    are padding and never chosen. Raises FloatingPointError where logits are not finite."""
     device = model.unembedding.device
     lengths = [len(prompt) for prompt in prompts]
     cache, rows = Cache(len(prompts), max(lengths) + count), list(range(len(prompts)))
@@ -69,10 +76,13 @@ def generate(
     padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
     logits, solution = model.extend(torch.tensor(padded, device=device), cache, depth, lengths)
     for made in range(1, count + 1):
+        logits = logits[:, :vocabulary]
         tokens = choose(logits, sampling, [draws[row] for row in rows] if draws else [])
-        told = tokens if solution is None else torch.cat((tokens, solution.iterations))
-        values = told.tolist()  # the one read of the step
-        found, iterations = values[: len(rows)], values[len(rows) :]
+        told = [tokens, logits.amax(dim=-1).isfinite()] + ([] if solution is None else [solution.iterations])
+        values = torch.cat(told).tolist()  # the one read of the step
+        found, finite, iterations = values[: len(rows)], values[len(rows) : 2 * len(rows)], values[2 * len(rows) :]
+        if not all(finite):
+            raise FloatingPointError("The model's logits are not finite.")
         if end in found:
             kept = [at for at, token in enumerate(found) if token != end]
             if not kept:

@@ -89,7 +89,7 @@ def export_run(
     )
     checkpoint, stem = run / CHECKPOINTS / checkpoint_files.step_name(loaded.step), loaded.which.removesuffix(".safetensors")
     del loaded
-    texts = {**tokenizer.files, **_texts(document, tokenizer.begin_id), CARD: model_card(facts)}
+    texts = {**tokenizer.files, **_texts(document, tokenizer, architecture.model.vocabulary_size or 0), CARD: model_card(facts)}
     if stock is None:
         texts[MODELLING.name] = MODELLING.read_text(encoding="utf-8")
     with TensorFiles(checkpoint, stem) as source:
@@ -162,9 +162,12 @@ def _stock_model(architecture: ModelConfig, stock: Stock, document: dict[str, An
     return model
 
 
-def _texts(document: dict[str, Any], begin: int) -> dict[str, str]:
-    version = document["transformers_version"]
-    generation = {"bos_token_id": begin, "eos_token_id": begin, "pad_token_id": begin, "transformers_version": version}
+def _texts(document: dict[str, Any], tokenizer: ExportedTokenizer, rows: int) -> dict[str, str]:
+    """Configurations. Rows that pad the vocabulary stand for no token, and generation must not choose them."""
+    begin, padding = tokenizer.begin_id, list(range(tokenizer.ids, rows))
+    generation: dict[str, Any] = {"bos_token_id": begin, "eos_token_id": begin, "pad_token_id": begin}
+    generation |= {"suppress_tokens": padding} if padding else {}
+    generation["transformers_version"] = document["transformers_version"]
     return {CONFIG: json.dumps(document, indent=2) + "\n", GENERATION: json.dumps(generation, indent=2) + "\n"}
 
 

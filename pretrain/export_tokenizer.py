@@ -26,6 +26,8 @@ class ExportedTokenizer:
 
     files: dict[str, str]
     begin_id: int
+    ids: int
+    """One more than its largest id; the rows of the embedding from there on are padding."""
     prompt: list[int]
 
 
@@ -65,4 +67,4 @@ def export_tokenizer(text: str, where: str, rows: int, sequence_length: int) -> 
         TOKENIZER_CONFIG: json.dumps(settings, indent=2) + "\n",
         SPECIAL_TOKENS: json.dumps(names, indent=2) + "\n",
     }
-    return ExportedTokenizer(files, begin, prompt)
+    return ExportedTokenizer(files, begin, id_count(tokenizer), prompt)

@@ -10,15 +10,17 @@ its own. What is made beyond the trained sequence length is told (`beyond_traine
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model.generation import Sampling, generate
+from data_pipeline.tokenizer import id_count
+from model.generation import Sampling, Step, generate
 from model.refine import Depth
+from pretrain.errors import Refusal
 from pretrain.loaded import LoadedModel, load_model
 from pretrain.runtime import device_of, settle_libraries
 
@@ -54,7 +56,7 @@ def generate_text(
     streams = [_Text(tokenizer, ids) for ids in encoded]
     iterations: list[list[int]] = [[] for _ in prompts]
     clock = [time.perf_counter()]
-    for step in generate(loaded.model, [[begin, *ids] for ids in encoded], count, sampling, depth, end=begin):
+    for step in token_steps(loaded, tokenizer, begin, [[begin, *ids] for ids in encoded], count, sampling, depth):
         clock.append(time.perf_counter())
         for row, token in zip(step.rows, step.tokens, strict=True):
             hand_out(row, streams[row].add(token))
@@ -80,6 +82,19 @@ def generate_text(
         "device": loaded.device.type,
         "threads": torch.get_num_threads(),
     }
+
+
+def token_steps(
+    loaded: LoadedModel, tokenizer: Tokenizer, end: int, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, depth: Depth
+) -> Iterator[Step]:
+    """`generate` among the ids that the tokenizer has. Raises Refusal for logits that are not finite."""
+    try:
+        yield from generate(loaded.model, prompts, count, sampling, depth, end, id_count(tokenizer))
+    except FloatingPointError as error:
+        raise Refusal(
+            f"The logits of {loaded.path} ({loaded.which}) are not finite, so no token can be chosen: training diverged, or the weights "
+            "are damaged. Give a run or an export whose loss is a number."
+        ) from error
 
 
 def _rates(made: list[int], iterations: list[list[int]], clock: list[float]) -> dict[str, Any]:

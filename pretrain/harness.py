@@ -17,6 +17,7 @@ Nothing is kept from one call to the next. Source: lm-eval 0.4.13, api/model.py 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -31,9 +32,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from model.generation import Sampling, generate
+from model.generation import Sampling
 from model.refine import Depth
 from pretrain.errors import Refusal
+from pretrain.generate import token_steps
 from pretrain.harness_scores import Row, Scorer
 from pretrain.loaded import LoadedModel, LoadedRun, load_model
 from pretrain.runtime import device_of, settle_libraries
@@ -102,7 +104,13 @@ class AttractorLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         with tqdm(total=len(rows), desc="log-likelihoods", disable=disable_tqdm or not sys.stderr.isatty()) as bar:
-            return [(score.logprob, score.greedy) for score in self.scorer.scores(rows, bar.update)]
+            scores = self.scorer.scores(rows, bar.update)
+        if not all(math.isfinite(score.logprob) for score in scores):
+            raise Refusal(
+                f"A log-likelihood of {self.loaded.path} ({self.loaded.which}) is not finite: training diverged, or the weights are "
+                "damaged. Give a run or an export whose loss is a number."
+            )
+        return [(score.logprob, score.greedy) for score in scores]
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
         if not 0 < len(continuation) <= self.max_length:
@@ -160,7 +168,7 @@ class AttractorLM(TemplateLM):
         ended: set[int] = set()
         tail = 4 + max(len(stop.encode()) for stop in until)  # no token stands for less than a byte
         kept = [prompt[-(self.max_length - count) :] for prompt in prompts]
-        for step in generate(self.loaded.model, kept, count, sampling, self.depth, end=self._begin_id):
+        for step in token_steps(self.loaded, self._tokenizer, self._begin_id, kept, count, sampling, self.depth):
             for row, token in zip(step.rows, step.tokens, strict=True):
                 made[row].append(token)
                 if row not in ended and any(stop in self._tokenizer.decode(made[row][-tail:]) for stop in until if stop):

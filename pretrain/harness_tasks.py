@@ -160,7 +160,7 @@ def _manager(names: Sequence[str], tasks_dir: Path | None, tasks_data: Path | No
     for name in names:
         if name not in manager.task_index:
             close = difflib.get_close_matches(name, manager.all_tasks, 5, 0.6)
-            hint = f"The nearest names are {', '.join(close)}" if close else "`lm-eval ls tasks` lists lm-eval's"
+            hint = f"Names near it: {', '.join(close)}" if close else "`lm-eval ls tasks` lists lm-eval's"
             raise Refusal(f"There is no task `{name}`. {hint}; files of your own are named with --tasks-dir.")
     return manager
 

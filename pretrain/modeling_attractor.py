@@ -15,8 +15,9 @@
 iterations of the loop), 0 decodes the proposal y0 and costs what the backbone alone costs. It can be given to `from_pretrained`, and to any
 call of the model or of `generate`. `model.last_iterations` [batch, tokens] holds the evaluations that each token of the last call took.
 
-The solve is strictly causal. A token is done once its own relative residual is below the tolerance, or has set no new low for
-solver.patience evaluations, and every token before it is done; it is frozen from then on. So logits depend neither on later tokens, nor on
+The solve is strictly causal. A token has settled once its own relative residual is below the tolerance, or has set no new low for
+solver.patience evaluations (until those before it move it out of 4 tolerances); it is done, and frozen, once it and all before it have
+settled. So logits depend neither on later tokens, nor on
 padding, nor on the rest of the batch. Hence a cache can hold keys and values of f's attention: those of each token's equilibrium (within
 the tolerance), or, for a fixed count and for loops, those of each iteration, in slots of their own: then the result is the uncached one.
 
@@ -450,16 +451,20 @@ def solve_to_tolerance(f: Callable[[Tensor, Tensor], Tensor], y: Tensor, solver:
     iterations = torch.zeros_like(done, dtype=torch.int64)
     since = torch.zeros_like(iterations)  # evaluations since a value was kept
     low = torch.full(done.shape, math.inf, dtype=y.dtype, device=y.device)
+    settled = done.clone()
     for iteration in range(1, solver["max_iterations"] + 1):
         value = f(y, done).to(y.dtype)
         residual = (value - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(_TINY)
         iterations = iterations + ~done
+        moved = (low < tolerance) & (residual > 4 * tolerance) & ~done  # by those before it: it begins anew
+        settled, low = settled & ~moved, low.masked_fill(moved, math.inf)
         within = residual < tolerance
         keep = (within | (residual < low)) & ~done
         low, since = torch.where(keep, residual, low), torch.where(keep, 0, since + 1)
         state = torch.where(keep[..., None], value, state)
         if iteration >= solver["min_iterations"]:
-            done = (within | (since >= solver["patience"]) | done).cummin(dim=-1).values
+            settled = settled | within | (since >= solver["patience"])
+            done = done | settled.cummin(dim=-1).values
         if iteration == solver["max_iterations"] or bool(done.all()):
             break
         y = torch.where(done[..., None], state, mixer.next(y, value))
@@ -530,6 +535,8 @@ class Refine(nn.Module):
         def adaptive(y: Tensor, done: Tensor) -> Tensor:
             return self.attractor(y, y0, context, [slots.rewrite(slot + layer, done) for layer in range(layers)])
 
+        if depth == "auto" and solver["min_iterations"] == solver["max_iterations"]:
+            depth = solver["max_iterations"]  # a fixed count: each iteration has keys of its own
         if isinstance(depth, int):
             solved = solve_fixed(fixed, beginning, solver, depth)
         else:

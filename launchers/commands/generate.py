@@ -32,7 +32,11 @@ def parse_depth(text: str | None) -> int | str | None:
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
-    """Those given and the file's, one a line; one that is empty where there are none. Raises Refusal for a file that has none."""
+    """Those given and the file's, one a line; one that is empty where there are none. Raises Refusal for a file that has none, and for
+    bytes that are no text."""
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise Refusal(f"--prompt {prompt!a} is not UTF-8, so it is no text that a tokenizer could read. Give it in UTF-8.")
     if file is None:
         return prompts or [""]
     try:
@@ -95,7 +99,11 @@ def command(
         if not shown:
             return generate_text(loaded, texts, max_tokens, sampling, depth)
         _write(texts[0])
-        result = generate_text(loaded, texts, max_tokens, sampling, depth, lambda _, piece: _write(piece))
+        try:
+            result = generate_text(loaded, texts, max_tokens, sampling, depth, lambda _, piece: _write(piece))
+        except (KeyboardInterrupt, Refusal):  # whoever speaks next begins a line
+            _write("\n")
+            raise
         _write("\n")
         return result
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
+from data_pipeline.tokenizer import id_count
 from launchers.cli import app
 from model.generation import Sampling
+from pretrain.errors import Refusal
 from pretrain.generate import generate_text
 from pretrain.loaded import load_run
 from tests.pretrain.tiny_run import LENGTH, prepare_text
@@ -101,6 +104,19 @@ def _byte(tokenizer: Any, byte: int) -> int:
     return int(tokenizer.token_to_id(character))
 
 
+def test_padding_of_the_vocabulary_and_weights_that_are_no_numbers(folder: Path, tmp_path: Path) -> None:
+    padded = write_untrained_run(tmp_path / "padded", prepare_text(tmp_path / "data"), "model.vocabulary_size=5000")
+    loaded = load_run(padded)
+    entries = id_count(loaded.tokenizer())
+    assert entries < 1000, "most of the rows are padding"
+    (sample,) = generate_text(loaded, ["Doc"], 20, Sampling())["samples"]
+    assert max(sample["tokens"]) < entries
+    with torch.no_grad():
+        loaded.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(Refusal, match="not finite"):
+        generate_text(loaded, ["Doc"], 2, Sampling())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -109,6 +125,7 @@ def _byte(tokenizer: Any, byte: int) -> int:
         (("--temperature", "-1"), "temperature"),
         (("--solver-iterations", "many"), "neither auto nor a number"),
         (("--prompts", "nowhere.txt"), "cannot be read"),
+        (("--prompt", "a\udcff"), "not UTF-8"),
     ],
 )
 def test_bad_settings_are_refused_before_a_model_is_looked_for(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:

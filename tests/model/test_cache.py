@@ -119,6 +119,18 @@ def test_a_fixed_number_mixes_by_token_whatever_is_configured() -> None:
             torch.testing.assert_close(got, want[:, stop - 1], rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["additive", "sequence_mixing", "deq"])
+def test_a_solver_of_a_fixed_count_is_a_fixed_count_in_strict_too(name: str) -> None:
+    # no tolerance ends it: keys of one slot would be those of the last iteration, far from those of the others
+    model, tokens = made(name), random_tokens(2, LENGTH)
+    solver = replace(model.refine.solver, min_iterations=3, max_iterations=3)  # type: ignore[union-attr]
+    model.refine.solver = solver  # type: ignore[union-attr]
+    want = whole(model, tokens, "strict")
+    for cuts in CHUNKS:
+        for stop, got in zip(cuts, in_chunks(model, tokens, "auto", cuts), strict=True):
+            torch.testing.assert_close(got, want[:, stop - 1], rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("name", ["additive", "deq", "parcae"])
 def test_lower_precisions(name: str, dtype: torch.dtype, close: float) -> None:

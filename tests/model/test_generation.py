@@ -41,11 +41,22 @@ ROW = torch.tensor([0.4, 0.05, 0.25, 0.1, 0.2]).log()[None]
     ],
 )
 def test_probabilities_are_those_of_the_definition(fields: dict[str, Any], want: list[float]) -> None:
-    wanted = torch.tensor([want]) / sum(want)
+    wanted = torch.tensor([want], dtype=torch.float64) / sum(want)
     torch.testing.assert_close(probabilities(ROW, Sampling(**fields)), wanted, rtol=1e-5, atol=1e-7)
     permuted = torch.tensor([3, 0, 4, 1, 2])  # every row by itself, wherever its tokens stand
     both = probabilities(torch.cat((ROW[:, permuted], ROW)), Sampling(**fields))
     torch.testing.assert_close(both, torch.cat((wanted[:, permuted], wanted)), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-40, 1e-320])
+def test_a_temperature_near_zero_leaves_the_most_probable_tokens(temperature: float) -> None:
+    logits, draws = torch.tensor([[-50.0, 80.0, 80.0, 60.0]]), [torch.Generator().manual_seed(0)]
+    for top_p in (None, 0.4):
+        sampling = Sampling(temperature, top_p=top_p)
+        found = probabilities(logits, sampling)
+        assert found.sum() == 1
+        assert bool((found[:, [0, 3]] == 0).all())
+        assert int(choose(logits, sampling, draws)) in (1, 2)
 
 
 def test_tokens_that_tie_for_the_last_place_all_stay() -> None:
@@ -145,6 +156,25 @@ def test_iterations_are_told_by_row_and_nothing_is_computed_after_the_last_token
     assert all(len(step.iterations) == 3 and min(step.iterations) > 1 for step in steps)
     assert [step.iterations for step in generate(model, PROMPTS, 2, Sampling(0), depth=5)] == [[5] * 3] * 2
     assert [step.iterations for step in generate(made("transformer"), PROMPTS, 2, Sampling(0))] == [[], []]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(5.0, seed=3)])
+def test_rows_that_pad_the_vocabulary_are_never_chosen(sampling: Sampling) -> None:
+    model = build(configuration(), seed=0)
+    (free,) = texts(generate(model, [[1]], 40, sampling, 0), 1)
+    vocabulary = max(free) // 2
+    (bounded,) = texts(generate(model, [[1]], 40, sampling, 0, vocabulary=vocabulary), 1)
+    assert max(bounded) < vocabulary <= max(free)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1)])
+def test_logits_that_are_not_finite_are_refused(sampling: Sampling, bad: float) -> None:
+    model = build(configuration(), seed=0)
+    with torch.no_grad():
+        model.norm.weight.fill_(bad)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        list(generate(model, [[1], [2, 3]], 4, sampling))
 
 
 def test_longer_than_anything_trained() -> None:

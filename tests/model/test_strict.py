@@ -71,6 +71,18 @@ def test_a_token_that_stalls_keeps_its_best_value_and_lets_the_others_go_on(pati
     assert solution.residual.item() == pytest.approx(0.1)
 
 
+def test_settled_is_remembered_while_a_residual_stays_near_the_tolerance_and_no_longer() -> None:
+    # token 0 ends at the fifth evaluation. Of the others, one rises just above the tolerance meanwhile, one far: it begins anew
+    slow, near, far = [1.0, 0.5, 0.3, 0.1, 0.0], [1.0, 5e-4, 2e-3], [1.0, 5e-4, 2e-2, 2e-2, 2e-2, 5e-4]
+    config = SolverConfig(method="picard", tolerance=1e-3, patience=20, max_iterations=50)
+    for later, ends, best in ((near, 5, 1), (far, 6, 5)):
+        f, values = staged([slow, later])
+        solution = solve_strict(f, normal(3, (1, 2, WIDTH)), config)
+        assert solution.iterations.tolist() == [ends]
+        assert torch.equal(solution.state[:, 1], values[best][:, 1])
+        assert solution.converged.tolist() == [True]
+
+
 def test_patience_is_of_the_token_not_of_its_neighbours() -> None:
     # what a later token does, stalling or converging, changes no bit of those before it
     slow = [0.5 * 0.8**k for k in range(60)]

@@ -125,6 +125,7 @@ def test_the_folder_tells_where_the_model_comes_from(trained: Path, exported: Pa
         assert told in card
     generation = json.loads((exported / "generation_config.json").read_text())
     assert generation["bos_token_id"] == generation["eos_token_id"] == generation["pad_token_id"] == load_run(trained).begin_id
+    assert generation["suppress_tokens"] == list(range(300, 320)), "rows of the embedding that are no token"
 
 
 @pytest.mark.parametrize(

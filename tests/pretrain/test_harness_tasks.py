@@ -165,7 +165,7 @@ def test_results_of_other_depths_differ_and_are_kept_apart(run: Path, texts: Pat
 @pytest.mark.parametrize(
     ("names", "settings", "said"),
     [
-        (["local_lambda"], {}, "no task `local_lambda`. The nearest names are .*local_lambada"),
+        (["local_lambda"], {}, "no task `local_lambda`. Names near it: .*local_lambada"),
         (["local_lambada"], {"through": "hf"}, "transformers cannot read"),
         (["local_lambada"], {"tasks_data": "nowhere"}, "nowhere/lambada_test.jsonl.gz, which cannot be read"),
         (["local_lambada"], {}, "was not told where it is"),

@@ -205,3 +205,28 @@ def test_the_trainer_of_transformers_teaches_and_evaluates_it(tmp_path: Path) ->
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
+
+
+@torch.no_grad()
+def test_in_bf16_the_solve_ends_where_the_training_model_ends() -> None:
+    model, exported = pair("additive", tolerance=1e-3)
+    rounded, text = exported.bfloat16(), tokens(2, 120)
+    rounded(text)
+    wanted = model.bfloat16()
+    proposal, context = wanted.propose(text, None)
+    solution = wanted.refine(proposal, context, "strict").solution  # type: ignore[misc, union-attr]
+    taken = rounded.last_iterations.amax(dim=1)
+    assert 1 < taken.max() < 40 < model.config.solver.max_iterations, "rounding alone must not use up all evaluations"
+    assert (taken - solution.iterations).abs().max() <= 6  # the two round differently
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_recipe_of_a_fixed_count_is_that_count(count: int) -> None:
+    _, exported = pair("additive", min_iterations=count, max_iterations=count)
+    text = tokens(2, 12)
+    whole = exported(text).logits
+    assert difference(whole, exported(text, solver_iterations=count).logits) == 0
+    first = exported(text[:, :7], use_cache=True)
+    rest = exported(text[:, 7:], past_key_values=first.past_key_values, use_cache=True)
+    assert difference(rest.logits, whole[:, 7:]) < 1e-5
