@@ -95,7 +95,7 @@ def evaluate(entries: Sequence[Entry], study: Study, core: Path | None) -> dict[
             with fraction_bar(f"{entry.name}: validation") as progress:
                 report = {"asked": asked, **evaluate_run(entry.member.run, study.evaluation.depths, progress=progress)}
             if core is not None:
-                from pretrain.core_tasks import evaluate_core_run
+                from pretrain.downstream.core_tasks import evaluate_core_run
 
                 with fraction_bar(f"{entry.name}: CORE") as progress:
                     report["core"] = evaluate_core_run(entry.member.run, core, progress=progress)["core"]

@@ -1,7 +1,7 @@
 """A model to use, from a run or from an export, and what is needed to use it: tokenizer, begin token, length. No engine.
 
     run       the newest whole checkpoint of RUN/checkpoints; the average of its weights where one is kept
-    export    what `attractor export` wrote (pretrain/export.py)
+    export    what `attractor export` wrote (pretrain/hub/export.py)
 
 A run's tokenizer is RUN/tokenizer.json, which training leaves there; of a run that has none, that of its data.
 """
@@ -88,7 +88,7 @@ def load_model(path: Path, *, device: torch.device | None = None, dtype: torch.d
     if (path / CONFIG).is_file():
         return load_run(path, device=device, dtype=dtype)
     if (path / "config.json").is_file():
-        from pretrain.export import load_export
+        from pretrain.hub.export import load_export
 
         return load_export(path, device=device, dtype=dtype)
     raise Refusal(

@@ -5,6 +5,7 @@
     metrics.jsonl       one object a logged step;  evaluations.jsonl  one an evaluation: the record of the run, each step once
     summary.json        the last of each and the totals
     tokenizer.json      that of the data, so that the run can be used without it
+    imported.json       of a run that began with imported weights: where they came from
     checkpoints/        see pretrain.checkpoint_files
 
 A folder that holds a run is refused unless that run is resumed, and a second process that would write there at the same time is
@@ -42,6 +43,7 @@ CONFIG, STARTS, METRICS, EVALUATIONS, SUMMARY, CHECKPOINTS = (
 )
 PACKAGES = ("attractor", "torch", "deepspeed", "megatron-core", "mosaicml-streaming", "tokenizers", "numpy")
 TOKENIZER = "tokenizer.json"
+IMPORTED = "imported.json"
 _GLOB = "*?["
 
 logger = logging.getLogger(__name__)

@@ -184,14 +184,14 @@ def _solvers(run: Path) -> list[dict[str, Any]]:
 
 
 def _core(run: Path, bundle: Path, depth: int | str | None, limit: int | None) -> dict[str, Any]:
-    from pretrain.core_tasks import evaluate_core_run
+    from pretrain.downstream.core_tasks import evaluate_core_run
 
     with fraction_bar("asking") as report:
         return evaluate_core_run(run, bundle, depth, limit, progress=report)
 
 
 def _tasks(path: Path, names: list[str], through: str, settings: dict[str, Any]) -> dict[str, Any]:
-    from pretrain.harness_tasks import evaluate_tasks
+    from pretrain.downstream.harness_tasks import evaluate_tasks
 
     if not names:
         raise Refusal("--tasks names no task: write names with commas between them, such as lambada_openai,blimp.")
@@ -199,7 +199,7 @@ def _tasks(path: Path, names: list[str], through: str, settings: dict[str, Any])
 
 
 def _internalization(run: Path, iterations: Iterations | None, limit: int | None, out: Path | None) -> dict[str, Any]:
-    from pretrain.internalization import DEPTHS, report_internalization
+    from pretrain.downstream.internalization import DEPTHS, report_internalization
 
     depths = DEPTHS if iterations is None else [depth for depth in iterations if isinstance(depth, int)]
     with fraction_bar("solving") as report:

@@ -49,7 +49,7 @@ def command(
     depth = parse_depth(solver_iterations)
 
     def compute() -> dict[str, Any]:
-        from pretrain.export import export_run
+        from pretrain.hub.export import export_run
 
         with fraction_bar("exporting") as report:
             return export_run(run, out, solver_iterations=depth, plain=plain, progress=report)

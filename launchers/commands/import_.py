@@ -46,7 +46,7 @@ def command(
     """Make a run of published weights: evaluate it, export it, train on."""
 
     def compute() -> dict[str, Any]:
-        from pretrain.published import import_run
+        from pretrain.hub.published import import_run
 
         with fraction_bar("importing") as report:
             return import_run(source, out, tokenizer=tokenizer, data=data, progress=report)

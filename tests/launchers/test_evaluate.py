@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from launchers.cli import app
 from tests.distributed.ranks import run_ranks
-from tests.pretrain.core_bundles import write_bundle
+from tests.pretrain.downstream.core_bundles import write_bundle
 from tests.pretrain.tiny_run import BATCH, LENGTH, SETTINGS, prepare_text
 
 

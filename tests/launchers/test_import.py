@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from launchers.cli import app
-from tests.pretrain.published_models import configuration, random_state, write_model
+from tests.pretrain.hub.published_models import configuration, random_state, write_model
 from tests.pretrain.tiny_run import prepare_text
 
 

@@ -1,15 +1,15 @@
 """A run as a folder that transformers loads without this code, and such a folder back as a model here.
 
-    OUT/config.json, generation_config.json, modeling_attractor.py       the architecture and its settings (pretrain/export_config.py)
+    OUT/config.json, generation_config.json, modeling_attractor.py       the architecture and its settings (export_config.py)
         model.safetensors, or shards and their index                     the weights, by their names in model/, in the checkpoint's types
-        tokenizer.json, tokenizer_config.json, special_tokens_map.json   texts begin with the begin token (pretrain/export_tokenizer.py)
+        tokenizer.json, tokenizer_config.json, special_tokens_map.json   texts begin with the begin token (export_tokenizer.py)
         README.md, attractor.json                                        model card; where it comes from, with the hashes of its files
 
 The order: everything is refused that can be; the trained model and the exported one are built over the same tensors and their logits
-compared (pretrain/export_check.py); then a hidden folder beside OUT is written, read back and made durable, and takes OUT's name. Whatever
+compared (export_check.py); then a hidden folder beside OUT is written, read back and made durable, and takes OUT's name. Whatever
 stops it, there is a whole export or none. The model is mapped from the checkpoint; when writing, a shard and its copy are in memory.
 
-A code-free export (`plain`) holds a stock architecture instead (pretrain/export_plain.py). Pickles are neither written nor read.
+A code-free export (`plain`) holds a stock architecture instead (export_plain.py). Pickles are neither written nor read.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from model.config import ModelConfig
 from model.cost import count_parameters
 from pretrain import checkpoint_files, durable
 from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
-from pretrain.export_check import check_prompts, compare_logits, read_back
-from pretrain.export_config import CONFIG, config_document, read_config
-from pretrain.export_plain import Stock, plain_document, plain_tensors, stock_architecture
-from pretrain.export_tokenizer import PROMPT, ExportedTokenizer, export_tokenizer
+from pretrain.hub.export_check import check_prompts, compare_logits, read_back
+from pretrain.hub.export_config import CONFIG, config_document, read_config
+from pretrain.hub.export_plain import Stock, plain_document, plain_tensors, stock_architecture
+from pretrain.hub.export_tokenizer import PROMPT, ExportedTokenizer, export_tokenizer
+from pretrain.hub.model_card import CardFacts, model_card, run_record
 from pretrain.loaded import LoadedModel, LoadedRun, load_run, load_weights
-from pretrain.model_card import CardFacts, model_card, run_record
 from pretrain.run_folder import CHECKPOINTS, STARTS, TOKENIZER, dump
 from pretrain.runtime import device_of, settle_libraries
 from pretrain.tensor_files import TensorFiles, write_tensors
@@ -137,7 +137,7 @@ def _compare(loaded: LoadedRun, stock: Stock | None, document: dict[str, Any], t
     model, architecture = loaded.model, loaded.architecture
     state = dict(model.state_dict())
     if stock is None:
-        from pretrain.modeling_attractor import AttractorConfig, AttractorForCausalLM
+        from pretrain.hub.modeling_attractor import AttractorConfig, AttractorForCausalLM
 
         with torch.device("meta"):
             exported = AttractorForCausalLM(AttractorConfig(**deepcopy(document)))

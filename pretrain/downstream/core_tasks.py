@@ -4,7 +4,7 @@
     language modelling          right if each scored token is the most likely one after those before it
     centred = (accuracy - baseline) / (1 - baseline);   CORE = mean of the tasks' centred accuracies
 
-0 is guessing, 1 is all right; a task below chance counts negative. pretrain/core_bundle.py reads the tasks, pretrain/core_prompts.py
+0 is guessing, 1 is all right; a task below chance counts negative. core_bundle.py reads the tasks, core_prompts.py
 makes their prompts. The model is used at one depth. Prompts of like length share a batch and are padded on the right, which a causal
 model does not see; but where a solve ends when the whole sequence is within the tolerance ("auto"), padding may move a loss within that
 tolerance: "strict" ends each token's solve by itself.
@@ -30,8 +30,8 @@ from data_pipeline.token_bytes import tokenizer_file
 from model.loss import IGNORE
 from model.refine import Depth
 from pretrain import durable
-from pretrain.core_bundle import Task, read_bundle
-from pretrain.core_prompts import Row, prompts, rows
+from pretrain.downstream.core_bundle import Task, read_bundle
+from pretrain.downstream.core_prompts import Row, prompts, rows
 from pretrain.errors import Refusal
 from pretrain.run_folder import dump
 from pretrain.runtime import device_of, settle_libraries

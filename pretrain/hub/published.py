@@ -5,7 +5,7 @@
     RUN/imported.json     where it came from: files and their hashes, the original configuration word for word
     RUN/checkpoints/step-00000000/    the weights alone, fp32 (pretrain/canonical.py): training begins with a fresh optimizer
 
-The numbers are those of the published forward: see pretrain/published_names.py for names, pretrain/published_config.py for options.
+The numbers are those of the published forward: see published_names.py for names, published_config.py for options.
 A tensor is in memory at a time, and a shard while it is written. Everything is written beside RUN, then renamed: RUN is whole or not there.
 """
 
@@ -29,18 +29,18 @@ from data_pipeline.token_bytes import tokenizer_file
 from data_pipeline.tokenizer import begin_id, fingerprint, id_count, read_tokenizer_json, tokenizer_from_json
 from model.config import ModelConfig
 from model.language_model import build
-from pretrain import durable, export_config
+from pretrain import durable
 from pretrain.canonical import WEIGHTS, Source, write_canonical
 from pretrain.config import Recipe
 from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
+from pretrain.hub import export_config
+from pretrain.hub.published_config import read_config
+from pretrain.hub.published_files import Published, open_published
+from pretrain.hub.published_names import EMBEDDING, HEAD, TABLE, parameters_of, parts_of, refuse_misfits, rotary_base, with_base
 from pretrain.loaded import refuse_larger, refuse_other_tensors
-from pretrain.published_config import read_config
-from pretrain.published_files import Published, open_published
-from pretrain.published_names import EMBEDDING, HEAD, TABLE, parameters_of, parts_of, refuse_misfits, rotary_base, with_base
-from pretrain.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, dump
+from pretrain.run_folder import CHECKPOINTS, CONFIG, IMPORTED, TOKENIZER, dump
 from pretrain.training_state import TrainingState
 
-IMPORTED = "imported.json"
 _STEPS = 1000
 """Of the budget that a recipe must state, until the user states another."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.refine import Depth
-from pretrain.harness_scores import Row, Score, Scorer
+from pretrain.downstream.harness_scores import Row, Score, Scorer
 from pretrain.loaded import load_run
 from tests.pretrain.untrained_runs import write_untrained_run
 
@@ -97,6 +97,6 @@ def test_a_batch_without_room_is_halved_until_it_fits(data: Path, tmp_path: Path
 def test_logits_in_pieces_are_logits_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = Scorer(load_run(write_untrained_run(tmp_path / "run", data)).model, CPU)
     expected = scorer.scores(rows())
-    monkeypatch.setattr("pretrain.harness_scores._LOGITS_AT_ONCE", 5 * 320)
+    monkeypatch.setattr("pretrain.downstream.harness_scores._LOGITS_AT_ONCE", 5 * 320)
     for found, right in zip(scorer.scores(rows()), expected, strict=True):
         assert found == (pytest.approx(right.logprob, rel=1e-6), right.greedy)

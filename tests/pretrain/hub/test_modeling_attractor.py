@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments
 
 from model.config import AttractorConfig, BackboneConfig, LoopConfig, ModelConfig, SolverConfig
 from model.language_model import LanguageModel, build
-from pretrain.modeling_attractor import DEFAULTS, AttractorForCausalLM
-from pretrain.modeling_attractor import AttractorConfig as ExportedConfig
+from pretrain.hub.modeling_attractor import DEFAULTS, AttractorForCausalLM
+from pretrain.hub.modeling_attractor import AttractorConfig as ExportedConfig
 
 BASE = ModelConfig(
     BackboneConfig(vocabulary_size=64, width=32, heads=4, backbone_layers=4),

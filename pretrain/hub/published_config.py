@@ -16,8 +16,8 @@ from typing import Any
 
 from model.config import AttractorConfig, BackboneConfig, GradientConfig, Kind, LoopConfig, ModelConfig, SolverConfig
 from pretrain.errors import Refusal
-from pretrain.published_options import Options
-from pretrain.published_scales import read_scales
+from pretrain.hub.published_options import Options
+from pretrain.hub.published_scales import read_scales
 
 CLASSES: dict[str, Kind] = {
     "AttractorConfig": "attractor",

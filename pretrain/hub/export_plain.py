@@ -29,7 +29,7 @@ from torch import Tensor
 
 from model.config import BackboneConfig, ModelConfig
 from pretrain.errors import Refusal
-from pretrain.export_config import usual_fields
+from pretrain.hub.export_config import usual_fields
 
 _FP32_EPSILON = torch.finfo(torch.float32).eps
 

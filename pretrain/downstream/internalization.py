@@ -200,7 +200,7 @@ def report_internalization(
     Raises Refusal for a Transformer, and for a folder without a run or a whole checkpoint.
     """
     settle_libraries(device_of("auto"))
-    from pretrain.internalization_plot import plot_internalization
+    from pretrain.downstream.internalization_plot import plot_internalization
     from pretrain.loaded import load_run, recipe_of
 
     recipe = recipe_of(run)

@@ -34,7 +34,7 @@ from model.config import ModelConfig
 from model.language_model import build
 from model.rotary import rotary_tables
 from pretrain.errors import Refusal
-from pretrain.published_config import PublishedModel
+from pretrain.hub.published_config import PublishedModel
 
 TABLE, HEAD, EMBEDDING = "freqs_cis", "lm_head.weight", "transformer.wte.weight"
 _CLOSE = 1e-3

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from model.config import BackboneConfig, LoopConfig, ModelConfig, SolverConfig
 from model.language_model import LanguageModel, build
-from pretrain.core_bundle import Task, read_bundle
-from pretrain.core_prompts import Row, prompts, rows, shown
-from pretrain.core_tasks import Subject, _mean_losses, _padded, evaluate_core
+from pretrain.downstream.core_bundle import Task, read_bundle
+from pretrain.downstream.core_prompts import Row, prompts, rows, shown
+from pretrain.downstream.core_tasks import Subject, _mean_losses, _padded, evaluate_core
 from pretrain.errors import Refusal
-from tests.pretrain.core_bundles import BOS, FIT, PICK, TELL, TOKENIZER, Next, write_bundle
+from tests.pretrain.downstream.core_bundles import BOS, FIT, PICK, TELL, TOKENIZER, Next, write_bundle
 
 KINDS = ["attractor", "transformer", "parcae", "looped", "deq"]
 

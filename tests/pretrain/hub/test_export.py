@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 
 from data_pipeline.tokenizer import BEGIN
 from model.language_model import LanguageModel
-from pretrain import export
 from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
-from pretrain.export import export_run
-from pretrain.export_tokenizer import PROMPT
+from pretrain.hub import export
+from pretrain.hub.export import export_run
+from pretrain.hub.export_tokenizer import PROMPT
 from pretrain.loaded import load_model, load_run
 from tests.distributed.ranks import run_ranks
 from tests.pretrain.tiny_run import SETTINGS
@@ -191,7 +191,7 @@ def test_a_map_that_does_not_contract_is_compared_while_rounding_is_small(data: 
 
 
 def test_a_model_that_is_not_the_trained_one_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pretrain import modeling_attractor
+    from pretrain.hub import modeling_attractor
 
     monkeypatch.setattr(modeling_attractor, "normalised", lambda x, eps: x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1.0))
     with pytest.raises(Refusal, match="not the trained one: at 0 solver iterations"):

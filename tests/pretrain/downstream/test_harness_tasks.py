@@ -18,11 +18,11 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'at
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from pretrain.downstream.harness import AttractorLM
+from pretrain.downstream.harness_hf import ExportLM
+from pretrain.downstream.harness_tasks import OWN_TASKS, evaluate_tasks
 from pretrain.errors import Refusal
-from pretrain.export import export_run
-from pretrain.harness import AttractorLM
-from pretrain.harness_hf import ExportLM
-from pretrain.harness_tasks import OWN_TASKS, evaluate_tasks
+from pretrain.hub.export import export_run
 from tests.pretrain.untrained_runs import write_untrained_run
 
 PARADIGMS = [
@@ -198,7 +198,7 @@ def test_data_that_is_not_whole(run: Path, texts: Path, tmp_path: Path) -> None:
 
 
 def test_without_lm_eval(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.harness_tasks.find_spec", lambda _: None)
+    monkeypatch.setattr("pretrain.downstream.harness_tasks.find_spec", lambda _: None)
     with pytest.raises(Refusal, match=r"pip install 'attractor\[eval\]'"):
         evaluate_tasks(run, ["local_lambada"])
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data_pipeline import open_manifest
 from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
-from pretrain.published import import_run
-from tests.pretrain.published_models import ROWS, configuration, random_state, write_model
+from pretrain.hub.published import import_run
+from tests.pretrain.hub.published_models import ROWS, configuration, random_state, write_model
 
 State = dict[str, Tensor]
 

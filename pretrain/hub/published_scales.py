@@ -14,7 +14,7 @@ import math
 
 from model.config import Kind
 from pretrain.errors import Refusal
-from pretrain.published_options import Options
+from pretrain.hub.published_options import Options
 
 PLAIN = frozenset(
     {

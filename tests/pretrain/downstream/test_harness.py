@@ -13,8 +13,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'at
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
+from pretrain.downstream.harness import AttractorLM
 from pretrain.errors import Refusal
-from pretrain.harness import AttractorLM
 from tests.pretrain.tiny_run import LENGTH
 from tests.pretrain.untrained_runs import write_untrained_run
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from model.language_model import LanguageModel
 from model.noise import normal
-from pretrain.export import export_run, load_export
+from pretrain.hub.export import export_run, load_export
+from pretrain.hub.published import import_run
 from pretrain.loaded import load_run
-from pretrain.published import import_run
-from tests.pretrain.published_models import BLOCK, ROWS, WIDTH, configuration, random_state, reference, write_model
+from tests.pretrain.hub.published_models import BLOCK, ROWS, WIDTH, configuration, random_state, reference, write_model
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOKENS = torch.randint(0, ROWS, (2, BLOCK), generator=torch.Generator().manual_seed(7))
 UNTIED = {"tie_embeddings": False}
 GROUPED = {"num_key_value_heads": 2}
@@ -207,7 +207,7 @@ def test_the_run_says_where_it_came_from(tmp_path: Path) -> None:
 
 
 def test_memory_is_a_shard_and_not_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pretrain.published as published
+    import pretrain.hub.published as published
 
     config = configuration("gpt")
     source = write_model(tmp_path / "theirs", config, random_state(config))

@@ -1,4 +1,4 @@
-"""Documents of the tasks in pretrain/tasks/, from two files of JSON Lines; nothing is downloaded.
+"""Documents of the tasks in tasks/, from two files of JSON Lines; nothing is downloaded.
 
     lambada_test.jsonl.gz    {"text"}                                    5,153 passages: LAMBADA's test set in OpenAI's version
     blimp.jsonl.gz           {"sentence_good", "sentence_bad", "UID"}    67 paradigms of 1,000 pairs (Warstadt et al. 2020)

@@ -1,7 +1,8 @@
 """lm-eval's model class for runs and exports, `--model attractor`: no engine, no transformers, no trust_remote_code.
 
-    attractor evaluate RUN --tasks lambada_openai                                              our own command (pretrain/harness_tasks.py)
-    python -m pretrain.harness --model attractor --model_args path=RUN --tasks lambada_openai    lm-eval's command line, this class known
+    attractor evaluate RUN --tasks lambada_openai                           our own command (harness_tasks.py)
+    python -m pretrain.downstream.harness --model attractor \\
+        --model_args path=RUN --tasks lambada_openai                        lm-eval's command line, this class known
 
 lm-eval 0.4.13 has no entry point by which an installed package could add a model class: its registry must be told, by importing this file,
 before its command line reads `--model`. Run as a module this file does both.
@@ -9,7 +10,7 @@ before its command line reads `--model`. Run as a module this file does both.
 The token that begins every document in training begins every context, once: an empty context is that token alone; a text that already
 spells it out is not given another. Windows of `loglikelihood_rolling` are lm-eval's own, the first of them behind the begin token. What is
 longer than a training window loses its left end, begin token first, as in lm-eval's `hf`. So token ids are those of lm-eval's `hf`
-class on an export (pretrain/harness_hf.py).
+class on an export (harness_hf.py).
 
 Nothing is kept from one call to the next. Source: lm-eval 0.4.13, api/model.py and models/huggingface.py.
 """
@@ -34,9 +35,9 @@ from tqdm import tqdm
 
 from model.generation import Sampling
 from model.refine import Depth
+from pretrain.downstream.harness_scores import Row, Scorer
 from pretrain.errors import Refusal
 from pretrain.generate import token_steps
-from pretrain.harness_scores import Row, Scorer
 from pretrain.loaded import LoadedModel, LoadedRun, load_model
 from pretrain.runtime import device_of, settle_libraries
 
@@ -195,7 +196,7 @@ class AttractorLM(TemplateLM):
 
 def depth_of(asked: int | str | None, loaded: LoadedModel) -> Depth:
     """A count, or "strict". Raises Refusal for what is neither."""
-    from pretrain.export import LoadedExport
+    from pretrain.hub.export import LoadedExport
 
     if asked is None:
         asked = loaded.solver_iterations if isinstance(loaded, LoadedExport) else "strict"
@@ -230,7 +231,7 @@ def main() -> None:
         sys.exit(f"error: {refusal}")
 
 
-model_registry.register(NAME, target="pretrain.harness:AttractorLM")  # by name: run as a module, this file is imported a second time
+model_registry.register(NAME, target="pretrain.downstream.harness:AttractorLM")  # by name: run as a module, this file is imported twice
 
 if __name__ == "__main__":
     main()

@@ -13,8 +13,7 @@ from typing import Any
 
 from model.cost import Parameters
 from pretrain.config import Recipe
-from pretrain.published import IMPORTED
-from pretrain.run_folder import EVALUATIONS, SUMMARY
+from pretrain.run_folder import EVALUATIONS, IMPORTED, SUMMARY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class CardFacts:
     """The begin token."""
     sequence_length: int
     compared: Mapping[str, float]
-    """Largest difference of the logits by depth (pretrain/export_check.py)."""
+    """Largest difference of the logits by depth (export_check.py)."""
     stock: str | None
     """The class of transformers of a code-free export."""
     record: Mapping[str, Any]

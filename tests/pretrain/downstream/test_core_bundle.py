@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.core_bundle import read_bundle
+from pretrain.downstream.core_bundle import read_bundle
 from pretrain.errors import Refusal
-from tests.pretrain.core_bundles import PICK, TELL, write_bundle
+from tests.pretrain.downstream.core_bundles import PICK, TELL, write_bundle
 
 
 def test_a_whole_bundle(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pretrain.core_bundle import Example, Task
+from pretrain.downstream.core_bundle import Example, Task
 
 _SHOWN_SEED = 1234
 

@@ -2,7 +2,7 @@
 
     RUN/lm_eval/<UTC time>-<tasks>.json        lm-eval's own results, and under "attractor" what was asked of which model
 
-An export keeps its results in the same place inside itself. A file is never replaced. Tasks come from this package (pretrain/tasks/), from
+An export keeps its results in the same place inside itself. A file is never replaced. Tasks come from this package (tasks/), from
 --tasks-dir and from lm-eval, the first two without the seconds that a walk through lm-eval's 14,000 takes. Standard errors that have no
 closed form are bootstrapped with 1,000 resamples (lm-eval: 100,000), in this process. No torch import at the top.
 
@@ -183,11 +183,11 @@ def _loaded(manager: Any, names: Sequence[str]) -> list[Any]:
 
 def _model(path: Path, through: str, batch: int | None, solver_iterations: int | str | None) -> Any:
     if through == "hf":
-        from pretrain.harness_hf import ExportLM
+        from pretrain.downstream.harness_hf import ExportLM
         from pretrain.runtime import device_of
 
         return ExportLM(str(path), solver_iterations, batch_size=batch or 16, device=device_of("auto").type)
-    from pretrain.harness import AttractorLM
+    from pretrain.downstream.harness import AttractorLM
 
     return AttractorLM(str(path), solver_iterations, batch_size=batch)
 

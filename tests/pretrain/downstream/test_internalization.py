@@ -14,9 +14,9 @@ import torch
 from model.fixed_point import token_residual
 from model.loss import IGNORE
 from model.strict import solve_strict
+from pretrain.downstream.internalization import PICTURE, REPORT, by_frequency, by_position, report_internalization
 from pretrain.errors import Refusal
 from pretrain.evaluate import validation_loader
-from pretrain.internalization import PICTURE, REPORT, by_frequency, by_position, report_internalization
 from pretrain.loaded import load_run
 from tests.pretrain.untrained_runs import write_untrained_run
 
