@@ -1,10 +1,11 @@
-"""`attractor bench checkpoint`: changing the layout of a checkpoint of a recipe's size, beside a plain copy of the same bytes.
+"""`attractor bench checkpoint`: a checkpoint of a recipe's size changes its layout and is exported, beside plain copies of the same bytes.
 
 The checkpoint is synthetic: the files that DeepSpeed's ranks would write of ZeRO 1 and of ZeRO 3, with their pieces and the whole
 weights, without an engine, since an engine of that size fits no small machine. Values are of no meaning; sizes and layout are.
 
     convert       `attractor checkpoint convert` to one rank, checks of every hash included
-    copy          what it wrote, copied file by file, each fsynced: what the disk can do
+    export        `attractor export` of what was converted: fp32 weights, the comparison of logits and the reading back included
+    copy          what either wrote, copied file by file, each fsynced: what the disk can do
     ratio         seconds over those of the copy
 
 Each is timed in a process of its own, with the files it reads put out of the system's cache first; `peak_bytes` is the height of that
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.tokenizer import SMALLEST, train_tokenizer
 from model.language_model import LanguageModel, build
 from model.roles import parameter_roles
 from pretrain import checkpoint_files as files
@@ -38,7 +40,7 @@ from pretrain.layout import Layout
 from pretrain.loaded import WEIGHTS
 from pretrain.optimizer import MUON, parameter_groups
 from pretrain.pieces import Held, Pieces, Shard, flat_run, joined_shares, layout_record, pieces_file
-from pretrain.run_folder import CHECKPOINTS, CONFIG
+from pretrain.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 from pretrain.tensor_files import write_tensors
 from pretrain.training_state import STATE, TrainingState
 
@@ -48,21 +50,34 @@ STEP = 1000
 
 
 def bench_checkpoint(recipe: Recipe, ranks: int, folder: Path | None) -> list[Row]:
-    """Rows for ZeRO 1 and ZeRO 3 over `ranks` data ranks: of the copy and the conversion. folder: where the files go (None: the system's
-    folder for temporary files); about five times the weights' fp32 bytes are needed there."""
+    """Rows for ZeRO 1 and ZeRO 3 over `ranks` data ranks: of the copy and the conversion; then of the export and its copy. folder: where
+    the files go (None: the system's folder for temporary files); about ten times the weights' fp32 bytes are needed there."""
     rows = []
     for zero in (1, 3):
         with tempfile.TemporaryDirectory(dir=folder) as made:
             run, out = Path(made, "run"), Path(made, "converted")
             synthesise(_sized(recipe, zero), run, ranks)
             convert = _timed(_convert, run, out)
-            read, written = _bytes(run / CHECKPOINTS), _bytes(out / CHECKPOINTS)
+            read = _bytes(run / CHECKPOINTS)
             shutil.rmtree(run)
-            copy = _timed(_copy, out / CHECKPOINTS, Path(made, "copy"))
-        about = {"layout": f"{ranks} ranks, ZeRO {zero}", "read_bytes": read, "written_bytes": written}
-        rows.append({"measure": "copy", **about, "read_bytes": written, **copy, "ratio": 1.0})
-        rows.append({"measure": "convert", **about, **convert, "ratio": convert["seconds"] / copy["seconds"]})
+            rows += _beside_copy("convert", f"{ranks} ranks, ZeRO {zero}", convert, read, out / CHECKPOINTS)
+            if zero == 3:
+                exported = Path(made, "exported")
+                export = _timed(_export, out, exported)
+                rows += _beside_copy("export", "any", export, _bytes(exported), exported)
     return rows
+
+
+def _beside_copy(measure: str, layout: str, measured: Row, read: int, written: Path) -> list[Row]:
+    """The row of a copy of what was written, and that of what wrote it."""
+    copy = _timed(_copy, written, written.with_name("copy"))
+    shutil.rmtree(written.with_name("copy"))
+    size = _bytes(written)
+    about = {"layout": layout, "read_bytes": read, "written_bytes": size}
+    return [
+        {"measure": "copy", **about, "read_bytes": size, **copy, "ratio": 1.0},
+        {"measure": measure, **about, **measured, "ratio": measured["seconds"] / copy["seconds"]},
+    ]
 
 
 def _sized(recipe: Recipe, zero: int) -> Recipe:
@@ -79,6 +94,7 @@ def synthesise(recipe: Recipe, run: Path, ranks: int) -> None:
     zero = recipe.layout.zero
     (run / CHECKPOINTS).mkdir(parents=True)
     durable.write_text(run / CONFIG, recipe.to_yaml())
+    durable.write_text(run / TOKENIZER, train_tokenizer(iter(["some text"]), SMALLEST).to_str())
     folder = files.start_partial(run / CHECKPOINTS, STEP)
     entries = []
     for rank in range(ranks):
@@ -132,7 +148,7 @@ def _rank_file(zero: int, sizes: list[int], updates: list[str]) -> dict[str, Any
 
 def _values(size: int) -> Tensor:
     """So many numbers, none of them special."""
-    block = torch.rand(min(size, 1 << 20))
+    block = 0.04 * (torch.rand(min(size, 1 << 20)) - 0.5)
     return block.repeat(-(-size // max(block.numel(), 1)))[:size].clone()
 
 
@@ -151,7 +167,9 @@ def _timed(work: Callable[[Path, Path], None], source: Path, target: Path) -> Ro
 
 
 def _measure(work: Callable[[Path, Path], None], source: Path, target: Path) -> Row:
-    import pretrain.convert  # noqa: F401 (its import is no part of what is timed)
+    import pretrain.convert
+    import pretrain.hub.export
+    import pretrain.hub.modeling_attractor  # noqa: F401 (imports are no part of what is timed)
 
     started = time.perf_counter()
     work(source, target)
@@ -168,6 +186,12 @@ def _convert(run: Path, out: Path) -> None:
     from pretrain.convert import convert
 
     convert(run, {}, out)
+
+
+def _export(run: Path, out: Path) -> None:
+    from pretrain.hub.export import export_run
+
+    export_run(run, out)
 
 
 def _copy(source: Path, target: Path) -> None:

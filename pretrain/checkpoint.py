@@ -210,7 +210,7 @@ def load_latest(engine: Any, folder: Path, *, config: Mapping[str, Any], pieces:
         log(notes)
         return None
     chosen = folder / files.step_name(manifest.step)
-    state = TrainingState.from_json((chosen / STATE).read_text())
+    state = TrainingState.read(chosen)
     moved = _moves(chosen, manifest, state, config, layout, pieces)
     _refuse_other_config(chosen, manifest, state, config)
     if moved:

@@ -89,7 +89,7 @@ def checkpoints(folder: Path) -> list[str]:
     """Names of the checkpoints there, newest step first; whole or not."""
     if not folder.is_dir():
         return []
-    return sorted((path.name for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
+    return sorted((path.name for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of, reverse=True)
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -124,10 +124,16 @@ def read_manifest(folder: Path) -> CheckpointManifest:
             raise BadCheckpoint(f"{MANIFEST} has format {found}, this code reads format {FORMAT}")
         if expected != _hash_json(stored):
             raise BadCheckpoint(f"{MANIFEST} does not match its own sha256: it was altered or damaged")
-        return CheckpointManifest(**{**stored, "files": [FileEntry(**entry) for entry in stored["files"]]})
+        manifest = CheckpointManifest(**{**stored, "files": [FileEntry(**entry) for entry in stored["files"]]})
+        numbers = [manifest.step, *manifest.layout.values(), *(number for entry in manifest.files for number in (entry.bytes, entry.rank))]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError("a number in it is no natural one")
+        if manifest.layout and not {"world_size", "zero"} <= manifest.layout.keys():
+            raise ValueError("its layout does not say world_size and zero")
+        return manifest
     except OSError as error:
         raise BadCheckpoint(f"{MANIFEST} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadCheckpoint(f"{MANIFEST} is cut short or damaged ({error})") from error
 
 

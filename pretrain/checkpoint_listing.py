@@ -23,8 +23,7 @@ def listing(run: Path) -> dict[str, Any]:
     """
     folder = run / CHECKPOINTS
     names, pointer = _names(run), files.read_pointer(folder)
-    losses = {record["step"]: record["loss"] for record in _records(run / METRICS)}
-    validation = {record["step"]: list(record["loss"].values())[-1] for record in _records(run / EVALUATIONS)}
+    losses, validation = _losses(run / METRICS), _losses(run / EVALUATIONS)
     rows = []
     for name in reversed(names):
         step = files.step_of(name)
@@ -32,7 +31,7 @@ def listing(run: Path) -> dict[str, Any]:
         row |= {"layout": None, "tokens": None, "loss": losses.get(step), "validation": validation.get(step)}
         try:
             row["layout"] = files.verify(folder / name, reads=lambda *_: False).layout
-            row["tokens"] = json.loads((folder / name / "state.json").read_bytes())["tokens"]
+            row["tokens"] = int(json.loads((folder / name / "state.json").read_bytes())["tokens"])
         except BadCheckpoint as fault:
             row |= {"whole": False, "fault": str(fault)}
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -88,12 +87,14 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Of a JSON Lines file; a last line that a run is still writing is left out."""
-    records = []
+def _losses(path: Path) -> dict[int, float]:
+    """By step, of a JSON Lines file, the last of an evaluation's; lines that say none, as one that is still being written, are left out."""
+    losses = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line, parse_constant=lambda _: None)
+            loss = record["loss"]
+            losses[int(record["step"])] = float(list(loss.values())[-1] if isinstance(loss, dict) else loss)
+        except (ValueError, KeyError, TypeError, IndexError):
             continue
-    return records
+    return losses

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ from model.language_model import build
 from pretrain import checkpoint_files as files
 from pretrain import durable
 from pretrain.canonical import AVERAGE, OPTIMIZER, WEIGHTS, Source, write_canonical
-from pretrain.checkpoint_choice import choose, log, nothing
+from pretrain.checkpoint_choice import choose, log, nothing, refuse_unsafe, unsafe_files
 from pretrain.checkpoint_files import BadCheckpoint, CheckpointManifest, FileEntry
 from pretrain.config import Recipe
-from pretrain.errors import Refusal
+from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
 from pretrain.layout import as_dict, layout_on
 from pretrain.loaded import recipe_of, refuse_other_tensors
 from pretrain.pieces import PIECES
-from pretrain.run_folder import CHECKPOINTS, CONFIG, RunFolder
+from pretrain.run_folder import CHECKPOINTS, CONFIG, RunFolder, guard
 from pretrain.runtime import settle_libraries
 from pretrain.stored import EMA, STEP, WEIGHT, Stored, open_stored, rows_of
 from pretrain.stored_layout import has_pieces, rank_file
@@ -54,7 +55,8 @@ def convert(run: Path, wanted: Mapping[str, Any], out: Path | None, progress: Ca
         try:
             manifest, path = _convert(run / CHECKPOINTS, run / CHECKPOINTS, recipe, progress)
             files.clear_leftovers(run / CHECKPOINTS)
-            durable.write_atomically(run / CONFIG, recipe.to_yaml())
+            with _disk(run):
+                durable.write_atomically(run / CONFIG, recipe.to_yaml())
         finally:
             folder.close()
     else:
@@ -91,26 +93,40 @@ def recipe_on(recipe: Recipe, wanted: Mapping[str, Any]) -> tuple[Recipe, int]:
 
 def _into_new_run(run: Path, out: Path, recipe: Recipe, progress: Callable[[float], None]) -> tuple[CheckpointManifest, Path]:
     """A new run folder, whole or not there."""
+    guard(out, resume=False)
     if out.exists():
         raise Refusal(f"{out} exists. Give --out a folder that does not, or remove that one.")
     partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a conversion that was killed
     try:
-        partial.mkdir(parents=True)
-        manifest, path = _convert(run / CHECKPOINTS, partial / CHECKPOINTS, recipe, progress)
-        for file in sorted(run.iterdir()):
-            if file.is_file() and not file.name.startswith(".") and file.name != CONFIG:
-                shutil.copyfile(file, partial / file.name)
-                durable.fsync_file(partial / file.name)
-        durable.write_text(partial / CONFIG, recipe.to_yaml())
-        durable.fsync_folder(partial)
-        partial.rename(out)
-        durable.fsync_folder(out.parent)
+        with _disk(out):
+            if partial.exists():
+                shutil.rmtree(partial)  # of a conversion that was killed
+            partial.mkdir(parents=True)
+            manifest, path = _convert(run / CHECKPOINTS, partial / CHECKPOINTS, recipe, progress)
+            for file in sorted(run.iterdir()):
+                if file.is_file() and not file.name.startswith(".") and file.name != CONFIG:
+                    shutil.copyfile(file, partial / file.name)
+                    durable.fsync_file(partial / file.name)
+            durable.write_text(partial / CONFIG, recipe.to_yaml())
+            durable.fsync_folder(partial)
+            partial.rename(out)
+            durable.fsync_folder(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return manifest, out / path.relative_to(partial)
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """An error of the disk ends the command by the words of what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunStopped(
+            f"{folder} could not be written ({error}). Make room there or mend its permissions, then give the command again.",
+            BAD_CHECKPOINT_WRITE,
+        ) from error
 
 
 def _convert(source: Path, target: Path, recipe: Recipe, progress: Callable[[float], None]) -> tuple[CheckpointManifest, Path]:
@@ -122,14 +138,21 @@ def _convert(source: Path, target: Path, recipe: Recipe, progress: Callable[[flo
     try:
         return _convert_chosen(source, target, recipe, progress, hashed=False)
     except BadCheckpoint:
+        pass
+    try:
         return _convert_chosen(source, target, recipe, progress, hashed=True)
+    except BadCheckpoint as fault:
+        raise Refusal(
+            f"A checkpoint in {source} changed while it was read: {fault}. If the run is being trained, it removes its older ones: convert "
+            f"when it has ended, or raise checkpoint.keep."
+        ) from fault
 
 
 def _convert_chosen(
     source: Path, target: Path, recipe: Recipe, progress: Callable[[float], None], *, hashed: bool
 ) -> tuple[CheckpointManifest, Path]:
     notes: list[str] = []
-    manifest = choose(source, notes, hashed=_is_read if hashed else nothing, unpickled=_is_read)
+    manifest = choose(source, notes, hashed=_is_read if hashed else nothing, unpickled=nothing)
     log(notes)
     if manifest is None:
         raise Refusal(f"There is no checkpoint in {source} to convert. Train first, or check the path.")
@@ -140,9 +163,11 @@ def _convert_chosen(
             f"layout until it saves again; that checkpoint can be converted."
         )
     try:
+        if unsafe := unsafe_files(folder, manifest, _is_read):
+            refuse_unsafe(folder, unsafe)
         with ThreadPoolExecutor(1, "verify") as verifying, open_stored(folder, manifest) as stored:
             _refuse_other_model(recipe, stored, folder)
-            state = replace(TrainingState.from_json((folder / STATE).read_text()), config=recipe.model_dump(mode="json"))
+            state = replace(TrainingState.read(folder), config=recipe.model_dump(mode="json"))
             verified = verifying.submit(files.verify, folder, nothing if hashed else _is_read)
             return manifest, write_canonical(target, manifest.step, state, sources_of(stored), progress, verified.result)
     except Exception:

@@ -12,9 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-CHUNK = 4 * 2**20
-"""Bytes hashed at a time; between chunks signals are handled, and while one is hashed other threads run."""
-
 
 def write(path: Path, writer: Callable[[BinaryIO], object]) -> None:
     """Has `writer` fill the file, then fsyncs it. The name itself is durable after `fsync_folder`.
@@ -73,9 +70,6 @@ def prepare(path: Path, text: str) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Hash of the file's bytes, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    """Hash of the file's bytes, hexadecimal. It is read in small pieces: between them signals are handled, and other threads run."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ Under ZeRO 3 the module that holds the solver's loop, or the looped blocks, is a
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import deepspeed
@@ -68,13 +69,17 @@ def build_engine(recipe: Recipe, model: LanguageModel, accumulation: int, mesh: 
 
         module = Stages(model, stages_of(recipe, mesh), mesh)
     groups.mpu = None  # DeepSpeed would go on with that of this process's last engine
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config=deepspeed_config(recipe, accumulation),
-        mpu=mesh.grid if mesh.layout.pipeline == 1 else None,  # a pipeline brings its own
-        dist_init_required=False,
-    )
+    gc.freeze()  # for a bf16 optimizer DeepSpeed collects garbage 25 times: seconds, if all that was imported is looked at
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(recipe, accumulation),
+            mpu=mesh.grid if mesh.layout.pipeline == 1 else None,  # a pipeline brings its own
+            dist_init_required=False,
+        )
+    finally:
+        gc.unfreeze()
     zero.attach(engine, recipe.optimizer.clip, mesh)
     if mesh.layout.pipeline > 1:
         zero.reduce_tied_last(engine)

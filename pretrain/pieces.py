@@ -53,12 +53,16 @@ class Pieces:
 
     @classmethod
     def from_json(cls, text: str) -> Pieces:
-        """The inverse of `to_json`. Raises ValueError for another format."""
+        """The inverse of `to_json`. Raises ValueError, KeyError, TypeError or AttributeError for what it cannot have written."""
         stored: dict[str, Any] = json.loads(text)
         if stored["format"] != FORMAT:
             raise ValueError(f"format {stored['format']} of pieces, where this code reads {FORMAT}")
         shapes = {name: tuple(shape) for name, shape in stored["shapes"].items()}
-        return cls(stored["layout"], shapes, [[Held(*held) for held in master] for master in stored["masters"]])
+        masters = [[Held(*held) for held in master] for master in stored["masters"]]
+        numbers = [*shapes.values(), *(held[1:] for master in masters for held in master)]
+        if not all(isinstance(number, int) and number >= 0 for row in numbers for number in row):
+            raise ValueError("a size or place is no natural number")
+        return cls(stored["layout"], shapes, masters)
 
 
 def pieces_file(rank: int) -> str:

@@ -8,12 +8,13 @@
 The pieces that every rank left (pretrain/pieces.py) say which elements of which parameter these are. Copies, such as those of replicas,
 are read once. The files are opened with torch's weights-only unpickler under FakeTensorMode, which makes shapes and places in the file,
 no values; values are then read from their place. A memory map would do too, but its pages count as resident memory.
-Refused: pieces that do not make every parameter whole.
+Refused, before a value is read: pieces that do not make every parameter whole once, or that lie outside of what their rank's file holds.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -48,10 +49,11 @@ def rank_file(zero: int) -> str:
 
 
 class _Place(NamedTuple):
-    """Where the values of a flat fp32 tensor begin."""
+    """Where the values of an fp32 tensor begin, and how many they are."""
 
     file: BinaryIO
     offset: int
+    size: int
 
 
 class LayoutTensors:
@@ -64,11 +66,13 @@ class LayoutTensors:
         self._places: dict[tuple[int, int, str], _Place] = {}
         """By rank, master, slot."""
         try:
-            pieces = [self._read_pieces(rank) for rank in range(manifest.layout["world_size"])]
+            pieces = [self._read_pieces(rank, manifest) for rank in range(manifest.layout["world_size"])]
             self.shapes: Mapping[str, Shape] = pieces[0].shapes
-            self._holders = self._check(_holders(pieces))
+            self._holders = _holders(pieces)
+            self._check_whole()
             for rank, own in enumerate(pieces[:1] if manifest.layout["zero"] == 0 else pieces):
                 self._open_rank(rank, own, manifest)
+            self._check_places()
         except BaseException:
             self._open.close()
             raise
@@ -110,27 +114,41 @@ class LayoutTensors:
             if low < high:
                 _read_into(flat[low - start : high - start], self._places[rank, master, slot], held.offset + low - held.start)
 
-    def _read_pieces(self, rank: int) -> Pieces:
+    def _read_pieces(self, rank: int, manifest: CheckpointManifest) -> Pieces:
         path = self.folder / pieces_file(rank)
         try:
-            return Pieces.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            pieces = Pieces.from_json(path.read_text(encoding="utf-8"))
+            if pieces.layout != manifest.layout:
+                raise ValueError(f"it is of the layout {pieces.layout}, and the checkpoint of {manifest.layout}")
+            if Layout(pieces.layout["pipeline"], pieces.layout["data"], pieces.layout["tensor"]).ranks != manifest.layout["world_size"]:
+                raise ValueError(f"{pieces.layout} is no layout")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Refusal(
                 f"{path} does not say what rank {rank} held ({error}): the layout cannot be changed from this checkpoint."
             ) from error
+        return pieces
 
-    def _check(self, holders: dict[str, list[list[Run]]]) -> dict[str, list[list[Run]]]:
-        for name, shape in self.shapes.items():
-            shards = holders.get(name, [])
-            size = prod(shape) // max(len(shards), 1)
-            for runs in shards or [[]]:
-                ends = [0, *(held.stop for *_, held in runs)]
-                if [held.start for *_, held in runs] != ends[:-1] or ends[-1] != size:
-                    raise Refusal(
-                        f"The ranks' pieces in {self.folder} do not make {name} whole: its pieces files are not of one checkpoint. Resume "
-                        f"from another checkpoint, or with the layout this one was written by."
-                    )
-        return holders
+    def _check_whole(self) -> None:
+        """Every parameter is there whole: all its shards, and of each every element once."""
+        for name in self._holders.keys() | self.shapes.keys():
+            if name not in self.shapes or not _whole(self._holders.get(name, []), self.shapes[name]):
+                raise self._torn(f"do not make {name} whole")
+
+    def _check_places(self) -> None:
+        """Every piece lies in what its rank's file holds, and all pieces of a parameter have the same slots."""
+        for name, shards in self._holders.items():
+            slots = self.slots(name)
+            for rank, master, held in (run for shard in shards for run in shard):
+                places = [self._places.get((rank, master, slot)) for slot in slots if slot != STEP]
+                end = held.offset + held.stop - held.start
+                if (STEP in slots) != ((rank, master) in self._steps) or any(place is None or end > place.size for place in places):
+                    raise self._torn(f"say that rank {rank} holds {name} where its file holds something else")
+
+    def _torn(self, how: str) -> Refusal:
+        return Refusal(
+            f"The ranks' pieces in {self.folder} {how}: its pieces files are not of one checkpoint. Resume from another checkpoint, or "
+            f"with the layout this one was written by."
+        )
 
     def _open_rank(self, rank: int, pieces: Pieces, manifest: CheckpointManifest) -> None:
         suffix = rank_file(manifest.layout["zero"])
@@ -140,14 +158,20 @@ class LayoutTensors:
                 f"{self.folder} has {len(names)} files of rank {rank} that end in {suffix}, where one is expected: copy it again, whole."
             )
         file = self._open.enter_context((self.folder / names[0]).open("rb", buffering=0))
-        masters, states = _flat_tensors(self.folder / names[0], pieces)
-        for master, tensor in enumerate(masters):
-            self._places[rank, master, WEIGHT] = _Place(file, _offset(tensor))
-            for slot, value in states.get(master, {}).items():
-                if slot == STEP:
-                    self._steps[rank, master] = float(_read_into(torch.empty(1), _Place(file, _offset(value)), 0))
-                else:
-                    self._places[rank, master, slot] = _Place(file, _offset(value))
+        try:
+            masters, states = _flat_tensors(self.folder / names[0], pieces)
+            for master, tensor in enumerate(masters):
+                self._places[rank, master, WEIGHT] = _place(file, tensor)
+                for slot, value in states.get(master, {}).items():
+                    if slot == STEP:
+                        self._steps[rank, master] = float(_read_into(torch.empty(1), _place(file, value), 0))
+                    else:
+                        self._places[rank, master, slot] = _place(file, value)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            raise Refusal(
+                f"{self.folder / names[0]} does not hold an optimizer's state as ZeRO stage {manifest.layout['zero']} leaves it "
+                f"({type(error).__name__}: {error}). Resume from another checkpoint, or with the layout this one was written by."
+            ) from error
 
     def __enter__(self) -> LayoutTensors:
         return self
@@ -177,6 +201,22 @@ def _holders(pieces: list[Pieces]) -> dict[str, list[list[Run]]]:
     return {name: [sorted(shards[shard][1], key=lambda run: run[2].start) for shard in sorted(shards)] for name, shards in found.items()}
 
 
+def _whole(shards: list[list[Run]], shape: Shape) -> bool:
+    """Whether these runs, each shard's in order, are all elements of a parameter, once."""
+    if not shards or not shards[0]:
+        return False
+    _, dim, cut, *_ = shards[0][0][2]
+    if cut != len(shards) or (cut > 1 and (dim not in (0, 1) or dim >= len(shape) or shape[dim] % cut)):
+        return False
+    for number, runs in enumerate(shards):
+        ends = [0, *(held.stop for *_, held in runs)]
+        if [held.start for *_, held in runs] != ends[:-1] or ends != sorted(ends) or ends[-1] != prod(shape) // cut:
+            return False
+        if any((held.dim, held.shards, held.shard) != (dim, cut, number) for *_, held in runs):
+            return False
+    return True
+
+
 def _flat_tensors(path: Path, pieces: Pieces) -> tuple[list[Tensor], dict[int, dict[str, Tensor]]]:
     """The masters in a rank's file and the optimizer's state by number of master: tensors without values, that know their place."""
     from pretrain.checkpoint_engine import SAFE_CLASSES
@@ -191,22 +231,23 @@ def _flat_tensors(path: Path, pieces: Pieces) -> tuple[list[Tensor], dict[int, d
     return wrapper["single_partition_of_fp32_groups"], wrapper["base_optimizer_state"]["state"]
 
 
-def _offset(tensor: Tensor) -> int:
-    """Where in its file the values of a tensor loaded under FakeTensorMode begin."""
+def _place(file: BinaryIO, tensor: Tensor) -> _Place:
+    """Where the values of a tensor are that was loaded under FakeTensorMode."""
     start: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if start is None or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-        raise RuntimeError(
-            f"a {tensor.dtype} tensor {tuple(tensor.shape)} at {start}, where contiguous fp32 with a known place is expected"
-        )
-    return start + int(tensor.storage_offset()) * tensor.element_size()
+        raise ValueError(f"a {tensor.dtype} tensor {tuple(tensor.shape)} at {start}, where contiguous fp32 with a known place is expected")
+    return _Place(file, start + int(tensor.storage_offset()) * tensor.element_size(), tensor.numel())
 
 
 def _read_into(out: Tensor, place: _Place, first: int) -> Tensor:
     """Fills the contiguous fp32 `out` from element `first` of a place on."""
     view, at = out.numpy().data.cast("B"), place.offset + 4 * first
     while view:
-        count = os.preadv(place.file.fileno(), [view], at)
+        try:
+            count = os.preadv(place.file.fileno(), [view], at)
+        except OSError as error:
+            raise Refusal(f"{place.file.name} cannot be read: {error.strerror}. Copy the checkpoint to a disk that can be.") from error
         if count == 0:
-            raise OSError(f"{place.file.name} ends before its tensors do")
+            raise Refusal(f"{place.file.name} ends before its tensors do: it is cut short. Copy it again, whole.")
         view, at = view[count:], at + count
     return out

@@ -13,16 +13,16 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from data_pipeline import Batch, TokenLoader, ValidationLoader, open_manifest
-from data_pipeline.token_bytes import tokenizer_file
+from data_pipeline import Batch
 from pretrain.config import Recipe
-from pretrain.errors import NON_FINITE, SIGNALLED, Refusal, RunStopped
+from pretrain.errors import NON_FINITE, SIGNALLED, RunStopped
 from pretrain.layout import as_dict, layout_on
 from pretrain.mesh import Mesh, connect
+from pretrain.run_data import RunData, open_data, resolve, tokenizer_text
 from pretrain.runtime import process_group
 from pretrain.watchdog import Watchdog
 
@@ -40,51 +40,13 @@ def train(recipe: Recipe, resume: bool) -> None:
             layout = layout_on(recipe.layout, world_size())
             accumulation = recipe.check_world(layout.data)
             mesh = connect(layout, device)
-            data = _open_data(recipe, mesh)  # what does not fit is refused before the folder is touched
+            data = open_data(recipe, mesh)  # what does not fit is refused before the folder is touched
             watchdog.beat("data opened")
             folder = RunFolder.open(Path(recipe.run.dir), resume=resume)
             try:
                 _Run(recipe, folder, device, mesh, accumulation, data, resume, watchdog).train()
             finally:
                 folder.close()
-
-
-def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with what only the prepared data knows: sequence length and vocabulary. Raises Refusal where they disagree."""
-    path = recipe.sources[0][0]
-    manifest = open_manifest(path, recipe.data.cache)
-    return recipe.completed(manifest.vocabulary_size, manifest.sequence_length, path)
-
-
-def _tokenizer(recipe: Recipe) -> str | None:
-    """The text of the data's tokenizer.json; None where a prepared set has lost it, which training does not need."""
-    try:
-        return tokenizer_file(recipe.sources[0][0], recipe.data.cache).read_text(encoding="utf-8")
-    except Refusal:
-        return None
-
-
-class _Data(NamedTuple):
-    training: TokenLoader
-    validation: ValidationLoader
-
-
-def _open_data(recipe: Recipe, mesh: Mesh) -> _Data:
-    """This rank's loaders: all ranks of a replica read the same. Raises Refusal for data that is damaged or does not fit the recipe."""
-    from pretrain.evaluate import validation_loader
-
-    training = TokenLoader(
-        recipe.sources,
-        sequence_length=recipe.data.sequence_length,
-        micro_batch=recipe.train.micro_batch,
-        data_rank=mesh.where.data,
-        data_ranks=mesh.layout.data,
-        seed=recipe.train.seed,
-        workers=recipe.data.workers,
-        cache=recipe.data.cache,
-        vocabulary_limit=recipe.model.vocabulary_size,
-    )
-    return _Data(training, validation_loader(recipe, mesh.where.data, mesh.layout.data, recipe.evaluation.tokens))
 
 
 class _Run:
@@ -97,7 +59,7 @@ class _Run:
         device: torch.device,
         mesh: Mesh,
         accumulation: int,
-        data: _Data,
+        data: RunData,
         resume: bool,
         watchdog: Watchdog,
     ) -> None:
@@ -126,7 +88,7 @@ class _Run:
         state = self._resume() if resume else None
         watchdog.beat("checkpoint loaded")
         self.first_step = self.step
-        folder.begin(recipe.to_yaml(), sys.argv, step=self.step, tokenizer=_tokenizer(recipe))
+        folder.begin(recipe.to_yaml(), sys.argv, step=self.step, tokenizer=tokenizer_text(recipe))
         self.last_record, self.last_evaluation = folder.metrics.last(), folder.evaluations.last()
         self.telemetry = Telemetry(
             folder,
@@ -152,6 +114,7 @@ class _Run:
     def _resume(self) -> dict[str, Any]:
         """Takes the newest whole checkpoint; the telemetry's state in it."""
         from pretrain.checkpoint import load_latest
+        from pretrain.probe import refuse_other_probe
         from pretrain.zero_pieces import pieces_of
 
         config = self.recipe.model_dump(mode="json")
@@ -165,14 +128,7 @@ class _Run:
             self.ledger.load_state_dict(state.ledger)
             self.skipped, self.skipped_in_a_row = state.counters["skipped"], state.counters["skipped_in_a_row"]
             self.seconds = state.counters["seconds"]
-        probe = self._probe_loss()
-        bound = 1e-2 if resumed.moved and self.recipe.train.precision == "bf16" else 1e-3  # bf16 rounds elsewhere on another layout
-        if state.probe_loss is not None and not abs(probe - state.probe_loss) <= bound * abs(state.probe_loss):  # NaN is no agreement
-            raise Refusal(
-                f"The checkpoint of step {resumed.step} in {self.folder.checkpoints} does not come back as it was saved: its probe "
-                f"loss was {state.probe_loss:.6f} and is {probe:.6f} now. Another version of a package may read it otherwise: "
-                f"compare the versions in run.json."
-            )
+        refuse_other_probe(self.engine, self.recipe, self.device, self.mesh, resumed, self.folder.checkpoints)
         return state.telemetry
 
     def train(self) -> None:
@@ -294,26 +250,9 @@ class _Run:
             self.watchdog.beat(f"{doing} {number} (after step {self.step})")
             yield batch
 
-    @torch.no_grad()
-    def _probe_loss(self) -> float:
-        """The loss of fixed tokens after one evaluation of f: told again when the checkpoint comes back.
-
-        One sequence, repeated: a micro-batch of any size has the same loss, and a pipeline the shapes it knows."""
-        from pretrain.agreement import gather
-        from pretrain.evaluate import forward
-
-        generator, shape = torch.Generator().manual_seed(0), (1, self.length + 1)
-        row = torch.randint(self.recipe.model.vocabulary_size or 0, shape, generator=generator)
-        rows = row.repeat(self.recipe.train.micro_batch, 1)
-        batch = Batch(rows[:, :-1], rows[:, 1:], torch.zeros_like(rows[:, 1:], dtype=torch.int32), torch.arange(len(rows)))
-        self.engine.eval()
-        mask = self.recipe.data.mask_documents  # as in training: what travels through a pipeline must keep its shapes
-        found = [float(loss) for loss, _, _ in forward(self.engine, [batch], (1,), self.device, self.mesh, mask_documents=mask)]
-        self.engine.train()
-        return next(losses[0] for losses in gather(found) if losses)
-
     def _save(self) -> None:
         from pretrain.checkpoint import save
+        from pretrain.probe import probe_loss
         from pretrain.training_state import TrainingState
         from pretrain.weights import weight_files
         from pretrain.zero_pieces import pieces_of
@@ -325,7 +264,7 @@ class _Run:
             loader=self.loader.state_dict(),
             counters={"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "seconds": self.seconds},
             telemetry=self.telemetry.state_dict(),
-            probe_loss=self._probe_loss(),
+            probe_loss=probe_loss(self.engine, self.recipe, self.device, self.mesh),
         )
         save(
             self.engine,

@@ -11,10 +11,13 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from pretrain.errors import Refusal
 
 STATE = "state.json"
 """The file it is in."""
@@ -65,6 +68,16 @@ class TrainingState:
         """The inverse of `to_json`. What another version wrote besides is left out."""
         stored = json.loads(text)
         return cls(**{part.name: stored[part.name] for part in fields(cls)})
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> TrainingState:
+        """That of a checkpoint's folder. Raises Refusal for a file that is none."""
+        try:
+            return cls.from_json((checkpoint / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Refusal(
+                f"{checkpoint / STATE} is no state of a run ({type(error).__name__}: {error}). Take another checkpoint."
+            ) from error
 
 
 def changed_keys(stored: Mapping[str, Any], present: Mapping[str, Any], *, only: Sequence[str] | None = None) -> list[str]:

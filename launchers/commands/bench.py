@@ -272,7 +272,7 @@ def checkpoint(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the change of a checkpoint's layout beside a plain copy of the same bytes, and its memory."""
+    """Time the change of a checkpoint's layout, and its export, beside plain copies of the same bytes; and their memory."""
     resolved = load_recipe(recipe, overrides or [])
 
     def compute() -> list[Row]:

@@ -126,7 +126,7 @@ def _layout(layout: dict[str, int] | None) -> str:
         return "any"
     if "pipeline" not in layout:
         return f"{layout['world_size']} rank(s), ZeRO {layout['zero']}"
-    parts = [f"{short}{layout[name]}" for name, short in (("pipeline", "pp"), ("data", "dp"), ("tensor", "tp")) if layout[name] > 1]
+    parts = [f"{short}{layout[name]}" for name, short in (("pipeline", "pp"), ("data", "dp"), ("tensor", "tp")) if layout.get(name, 1) > 1]
     return f"{' '.join(parts) or '1 rank'}, ZeRO {layout['zero']}"
 
 
@@ -137,10 +137,15 @@ def _show_listing(found: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name in ("layout", "") else "right")
     for row in found["checkpoints"]:
         losses = ("" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "validation"))
-        mark = " ".join(["latest"] * row["latest"] + [f"not whole: {row['fault']}"] * (not row["whole"]))
+        mark = ", ".join(["latest"] * row["latest"] + ["not whole"] * (not row["whole"]))
         tokens = "" if row["tokens"] is None else si(row["tokens"])
         table.add_row(str(row["step"]), size(row["bytes"]), _layout(row["layout"]), tokens, *losses, mark)
     out.print(table)
+    for row in found["checkpoints"]:
+        if not row["whole"]:
+            out.print(f"Step {row['step']} is not whole: {row['fault']}. --resume leaves it out.", highlight=False, markup=False)
+    if not any(row["latest"] for row in found["checkpoints"]):
+        out.print("No checkpoint is named by `latest`: --resume takes the newest whole one.", highlight=False, markup=False)
     for name in found["leftovers"]:
         out.print(f"{name} was left by an interrupted save; the next save removes it.", highlight=False)
 
@@ -153,7 +158,10 @@ def _show_verified(found: dict[str, Any]) -> None:
 def _show_converted(done: dict[str, Any]) -> None:
     out, after, ranks = console(), done["after"], done["ranks"]
     out.print(
-        f"Step {done['step']} of {_layout(done['before'])} is now {done['checkpoint']}, for any layout.", soft_wrap=True, highlight=False
+        f"Step {done['step']} ({_layout(done['before'])}) is now {done['checkpoint']}, for any layout.",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
     )
     out.print(f"{size(done['bytes'])} in {done['seconds']:.1f} s. The recipe is set to {_layout(after)}. Next:", highlight=False)
     procs = f" --procs {ranks}" if ranks > 1 else ""

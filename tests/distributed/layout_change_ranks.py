@@ -13,6 +13,7 @@ from tests.distributed.training_ranks import batches, recipe_of
 
 def stage(cases: list[dict[str, Any]], chain: list[dict[str, Any]], folder: str) -> dict[str, Any]:
     """`cases` are of trainer_ranks.runs; `chain` of overrides, each the layout of an engine. One start of the ranks for both."""
+
     from pretrain.config import TrainSection
     from pretrain.runtime import process_group
     from tests.pretrain.trainer_ranks import runs

@@ -57,7 +57,19 @@ def test_ls_says_what_is_not_whole(trained: Path) -> None:
     (row,) = json.loads(run("ls", str(trained), "--json").stdout)["checkpoints"]
     assert not row["whole"]
     assert "zero_pp_rank_1_mp_rank_00_optim_states.pt cannot be read" in row["fault"]
-    assert "not whole" in run("ls", str(trained)).stdout
+    shown = " ".join(run("ls", str(trained)).stdout.split())
+    assert "latest, not whole" in shown
+    assert "Step 1000 is not whole: zero_pp_rank_1_mp_rank_00_optim_states.pt cannot be read" in shown
+
+
+def test_ls_bears_odd_records_and_files(trained: Path) -> None:
+    (trained / "metrics.jsonl").write_text('[1]\n{"a": 1}\n{"step": 1000, "loss": NaN}\n{"step": "x", "loss": 1}')
+    (trained / "evaluations.jsonl").write_text('{"step": 1000, "loss": {}}\n')
+    (trained / "checkpoints" / "step-00002000").write_text("a file")
+    (trained / "checkpoints" / "latest").unlink()
+    (row,) = json.loads(run("ls", str(trained), "--json").stdout)["checkpoints"]
+    assert (row["step"], row["latest"], row["loss"], row["validation"]) == (1000, False, None, None)
+    assert "--resume takes the newest whole one" in run("ls", str(trained)).stdout
 
 
 def test_verify_hashes_every_file(trained: Path) -> None:
@@ -77,11 +89,12 @@ def test_verify_hashes_every_file(trained: Path) -> None:
         (["ls", "ELSEWHERE"], "There are no checkpoints in"),
         (["convert", "ELSEWHERE", "--layout", "tensor=1"], "There is no run in"),
         (["convert", "RUN", "--layout", "tensor=two"], "`tensor=two` in --layout tensor=two is no part of a layout"),
-        (["convert", "RUN", "--layout", "tensor=1", "--out", "RUN"], "exists"),
+        (["convert", "RUN", "--layout", "tensor=1", "--out", "RUN"], "already holds a run"),
+        (["convert", "RUN", "--layout", "tensor=1", "--out", "RUN*"], "DeepSpeed reads as a pattern"),
     ],
 )
 def test_refusals_are_one_paragraph(trained: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
-    places = {"RUN": str(trained), "ELSEWHERE": str(tmp_path / "elsewhere")}
+    places = {"RUN": str(trained), "RUN*": f"{trained}*", "ELSEWHERE": str(tmp_path / "elsewhere")}
     ended = run(*(places.get(word, word) for word in arguments))
     assert ended.exit_code == 2
     assert said in ended.stderr.replace("\n", " ")

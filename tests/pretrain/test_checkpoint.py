@@ -255,7 +255,7 @@ def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("a.pt", "b.json"):
         durable.write_text(partial / name, f"content of {name}")
     entries = [files.describe(partial / name, rank) for rank, name in enumerate(("a.pt", "b.json"))]
-    files.write_manifest(partial, files.CheckpointManifest(7, {"world_size": 2}, {"torch": "2"}, entries))
+    files.write_manifest(partial, files.CheckpointManifest(7, {"world_size": 2, "zero": 1}, {"torch": "2"}, entries))
     return files.publish(folder, 7)
 
 

@@ -6,8 +6,10 @@ tests/distributed/test_layout_change.py.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,11 @@ from pretrain.config import Recipe, load_recipe
 from pretrain.convert import convert
 from pretrain.errors import Refusal
 from pretrain.loaded import recipe_of
-from pretrain.pieces import Pieces, pieces_file
+from pretrain.pieces import pieces_file
 from pretrain.stored import STEP, open_stored, rows_of
 from pretrain.training_state import TrainingState
 
-SMALL = ["model.width=16", "model.heads=2", "model.backbone_layers=2", "model.vocabulary_size=64", "data.sequence_length=16"]
+SMALL = ["model.width=16", "model.heads=2", "model.backbone_layers=2", "model.vocabulary_size=320", "data.sequence_length=16"]
 STEP_NAME = "step-00001000"
 
 
@@ -77,7 +79,7 @@ def test_out_makes_a_run_and_leaves_the_other_alone(run: Path) -> None:
     assert files.verify(path).layout == {}
     assert_same(content(path), before)
     assert names(run) == there
-    assert names(made) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    assert names(made) == there
     recipe = recipe_of(made)
     assert (recipe.layout.pipeline, recipe.layout.zero, recipe.run.dir) == (2, 1, str(made))
     assert TrainingState.from_json((path / "state.json").read_text()).config == recipe.model_dump(mode="json")
@@ -175,14 +177,104 @@ def test_a_planted_pickle_is_refused_and_does_not_run(run_of_one: Path, tmp_path
     assert names(tmp_path) == ["run"]
 
 
-def test_pieces_that_do_not_make_a_whole_are_refused(run_of_one: Path) -> None:
+def _torn(pieces: dict[str, Any]) -> None:
+    pieces["masters"][0][0][5] = 5
+
+
+def _twice(pieces: dict[str, Any]) -> None:
+    pieces["masters"][0].append(pieces["masters"][0][0])
+
+
+def _gone(pieces: dict[str, Any]) -> None:
+    del pieces["masters"][-1][-1]
+
+
+def _stranger(pieces: dict[str, Any]) -> None:
+    pieces["masters"][0].append(["stranger", 0, 1, 0, 0, 4, 0])
+
+
+def _half_of_three(pieces: dict[str, Any]) -> None:
+    pieces["masters"][0][0][2] = 3
+
+
+def _along_the_third(pieces: dict[str, Any]) -> None:
+    name, _, _, _, _, stop, offset = pieces["masters"][0][0]
+    pieces["masters"][0][:1] = [[name, 2, 2, shard, 0, stop // 2, offset] for shard in (0, 1)]
+
+
+def _beyond(pieces: dict[str, Any]) -> None:
+    pieces["masters"][0][0][6] = 1 << 40
+
+
+def _before(pieces: dict[str, Any]) -> None:
+    pieces["masters"][0][0][6] = -64
+
+
+def _one_master_more(pieces: dict[str, Any]) -> None:
+    pieces["masters"] = [[], *pieces["masters"]]
+
+
+def _of_two(pieces: dict[str, Any]) -> None:
+    pieces["layout"] |= {"data": 2, "world_size": 2}
+
+
+def _words(pieces: dict[str, Any]) -> None:
+    pieces["shapes"] = {name: "16" for name in pieces["shapes"]}
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (_torn, r"pieces .* do not make .* whole"),
+        (_twice, r"pieces .* do not make .* whole"),
+        (_gone, r"pieces .* do not make .* whole"),
+        (_stranger, r"pieces .* do not make stranger whole"),
+        (_half_of_three, r"pieces .* do not make .* whole"),
+        (_along_the_third, r"pieces .* do not make .* whole"),
+        (_beyond, "rank 0 holds .* where its file holds something else"),
+        (_before, "does not say what rank 0 held"),
+        (_one_master_more, "rank 0 holds .* where its file holds something else"),
+        (_of_two, "does not say what rank 0 held"),
+        (_words, "does not say what rank 0 held"),
+    ],
+)
+def test_pieces_that_lie_are_refused_and_nothing_is_written(run_of_one: Path, lie: Callable[[dict[str, Any]], None], said: str) -> None:
     path = run_of_one / "checkpoints" / STEP_NAME
-    pieces = Pieces.from_json((path / pieces_file(0)).read_text())
-    pieces.masters[0][0] = pieces.masters[0][0]._replace(stop=5)
-    (path / pieces_file(0)).write_text(pieces.to_json())
+    pieces = json.loads((path / pieces_file(0)).read_text())
+    lie(pieces)
+    (path / pieces_file(0)).write_text(json.dumps(pieces))
     relist(path)
-    with pytest.raises(Refusal, match=r"pieces .* do not make .* whole"):
+    before = names(path)
+    for out in (run_of_one.with_name("moved"), None):
+        with pytest.raises(Refusal, match=said):
+            convert(run_of_one, {}, out)
+    assert names(run_of_one.parent) == ["run"]
+    assert names(path) == before
+    assert files.verify(path).layout
+
+
+def test_a_file_that_holds_something_else_is_refused(run_of_one: Path) -> None:
+    path = run_of_one / "checkpoints" / STEP_NAME
+    file = next(path.glob("*optim_states.pt"))
+    torch.save({"optimizer_state_dict": {"base_optimizer_state": {"state": {}}, "single_partition_of_fp32_groups": ["a word"]}}, file)
+    relist(path)
+    with pytest.raises(Refusal, match="does not hold an optimizer's state as ZeRO stage 1 leaves it"):
         convert(run_of_one, {}, run_of_one.with_name("moved"))
+
+
+@pytest.mark.parametrize("place", [10, -30], ids=["the pickle", "the directory of the archive"])
+def test_damage_in_a_pickle_is_damage_and_the_one_before_is_taken(run_of_one: Path, place: int) -> None:
+    checkpoints = run_of_one / "checkpoints"
+    newer = checkpoints / "step-00002000"
+    shutil.copytree(checkpoints / STEP_NAME, newer)
+    manifest = files.read_manifest(newer)
+    files.write_manifest(newer, files.CheckpointManifest(2000, manifest.layout, manifest.versions, manifest.files))
+    (checkpoints / "latest").write_text("step-00002000\n")
+    file = next(newer.glob("*optim_states.pt"))
+    data = bytearray(file.read_bytes())
+    data[place] ^= 255
+    file.write_bytes(data)
+    assert convert(run_of_one, {}, run_of_one.with_name("moved"))["step"] == 1000
 
 
 def test_a_checkpoint_of_before_there_were_pieces_is_refused(run_of_one: Path) -> None:
@@ -210,6 +302,8 @@ def test_the_benchmark_times_both_layouts_beside_a_copy(tmp_path: Path, monkeypa
         ("convert", "2 ranks, ZeRO 1"),
         ("copy", "2 ranks, ZeRO 3"),
         ("convert", "2 ranks, ZeRO 3"),
+        ("copy", "any"),
+        ("export", "any"),
     ]
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 1 << 20 for row in rows)
     assert names(tmp_path) == []
