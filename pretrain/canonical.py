@@ -27,7 +27,7 @@ from pretrain import checkpoint_files as files
 from pretrain import durable
 from pretrain.checkpoint_files import CheckpointManifest, FileEntry
 from pretrain.errors import BAD_CHECKPOINT_WRITE, RunStopped
-from pretrain.tensor_files import write_tensors
+from pretrain.tensor_files import in_order, write_tensors
 from pretrain.training_state import STATE, TrainingState
 
 WEIGHTS, AVERAGE, OPTIMIZER = "weights", "average", "optimizer"
@@ -44,7 +44,7 @@ class Source(NamedTuple):
     shapes: Mapping[str, Tensor]
     """Only shape and dtype are read: tensors of the meta device do."""
     read: Callable[[str], Tensor]
-    """The tensor of that name, on the CPU. Asked once for each, in the order of `shapes`, from another thread."""
+    """The tensor of that name, on the CPU. Asked once for each, as `in_order` has them, from another thread."""
 
 
 def write_canonical(
@@ -113,7 +113,7 @@ class _Ahead:
 
     def __init__(self, source: Source, reading: ThreadPoolExecutor) -> None:
         self._source, self._reading = source, reading
-        self._names = iter(source.shapes)
+        self._names = iter(in_order(source.shapes))
         self._waiting: deque[tuple[int, Future[Tensor]]] = deque()
 
     def read(self, name: str) -> Tensor:

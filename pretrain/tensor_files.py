@@ -43,6 +43,11 @@ def holds(folder: Path, stem: str) -> bool:
     return (folder / f"{stem}.safetensors").exists() or index_path(folder, stem).exists()
 
 
+def in_order(shapes: Shapes) -> list[str]:
+    """Names as they are written: the widest types first, so that every tensor of a file is aligned; of one type, as they come."""
+    return sorted(shapes, key=lambda name: -shapes[name].element_size())
+
+
 def write_tensors(
     folder: Path,
     stem: str,
@@ -53,7 +58,7 @@ def write_tensors(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[Path]:
-    """Writes every tensor of `shapes`, each asked of `read` once (of one type: in order), and fsyncs the files; returns them.
+    """Writes every tensor of `shapes`, each asked of `read` once, `in_order`, and fsyncs the files; returns them.
 
     progress is told the share of the bytes written. Raises OSError when the disk refuses, ValueError for another shape or dtype.
     """
@@ -82,15 +87,15 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 
 def _write(path: Path, shapes: Shapes, read: Callable[[str], Tensor], metadata: Mapping[str, str] | None) -> None:
-    """A tensor at a time: 8 bytes for the length of the header, the header (JSON), then the tensors' bytes in its order, the widest types
-    first, so that every tensor is aligned.
+    """A tensor at a time: 8 bytes for the length of the header, the header (JSON), then the tensors' bytes in its order.
 
     The library's own writer copies every tensor, and holds the interpreter's lock while it writes: others could not read or hash meanwhile.
     """
-    shapes = dict(sorted(shapes.items(), key=lambda item: -item[1].element_size()))
+    names = in_order(shapes)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
-    for name, like in shapes.items():
+    for name in names:
+        like = shapes[name]
         header[name] = {"dtype": _SPELT[like.dtype], "shape": list(like.shape), "data_offsets": [end, end + like.nbytes]}
         end += like.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -98,8 +103,8 @@ def _write(path: Path, shapes: Shapes, read: Callable[[str], Tensor], metadata: 
 
     def writer(file: BinaryIO) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, like in shapes.items():
-            tensor = _checked(name, read(name), like)
+        for name in names:
+            tensor = _checked(name, read(name), shapes[name])
             if tensor.nbytes:
                 file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
@@ -113,7 +118,8 @@ def _shards(shapes: Shapes, limit: int) -> Iterator[list[str]]:
     """Names in order, cut where a shard would grow past the limit; at least one shard."""
     shard: list[str] = []
     size = 0
-    for name, tensor in shapes.items():
+    for name in in_order(shapes):
+        tensor = shapes[name]
         if shard and size + tensor.nbytes > limit:
             yield shard
             shard, size = [], 0

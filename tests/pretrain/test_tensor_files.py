@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.errors import Refusal
-from pretrain.tensor_files import TensorFiles, index_path, write_tensors
+from pretrain.tensor_files import TensorFiles, in_order, index_path, write_tensors
 
 
 def tensors() -> dict[str, Tensor]:
@@ -52,15 +52,16 @@ def test_files_are_those_that_the_library_reads_and_may_be_read_by_whom_others_m
     assert all(torch.equal(tensor, held[name]) for name, tensor in load_file(tmp_path / "weights.safetensors").items())
 
 
-def test_each_tensor_is_asked_for_once_and_in_order(tmp_path: Path) -> None:
-    held, asked, told = {name: tensor.double() for name, tensor in tensors().items()}, [], []
+@pytest.mark.parametrize("shard_bytes", [1 << 20, 60])
+def test_each_tensor_is_asked_for_once_and_in_order(tmp_path: Path, shard_bytes: int) -> None:
+    held, asked, told = tensors(), [], []
 
     def read(name: str) -> Tensor:
         asked.append(name)
         return held[name]
 
-    write_tensors(tmp_path, "x", held, read, shard_bytes=60, progress=told.append)
-    assert asked == list(held)
+    write_tensors(tmp_path, "x", held, read, shard_bytes=shard_bytes, progress=told.append)
+    assert asked == in_order(held) == ["c", "d", "a", "b"]
     assert told == sorted(told)
     assert told[-1] == 1
 
