@@ -71,7 +71,7 @@ def show_tasks(result: dict[str, Any]) -> None:
     for column in ("value", "stderr", "n"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in result["rows"]:
-        error = "" if row["stderr"] is None else _figure(row["stderr"])
+        error = "" if row["stderr"] is None else _figure(row["stderr"], 2)
         table.add_row("  " * row["depth"] + row["alias"], row["metric"], _figure(row["value"]), error, f"{row['n']:,}")
     out.print(table)
     if result["cut"]:
@@ -80,9 +80,9 @@ def show_tasks(result: dict[str, Any]) -> None:
         out.print(f"lm-eval's results: {result['file']}", highlight=False, soft_wrap=True)
 
 
-def _figure(value: float) -> str:
-    """Four decimals of what is near 1, four digits of what is large."""
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+def _figure(value: float, digits: int = 4) -> str:
+    """Four decimals of what is near 1, so many digits of what is large."""
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.{digits}g}"
 
 
 def show_internalization(result: dict[str, Any]) -> None:
