@@ -99,8 +99,8 @@ def choose(folder: Path, notes: list[str], *, hashed: Reads, unpickled: Reads) -
             return manifest
         faults.append(f"Checkpoint {folder / name} is not whole: {fault}.")
     raise Refusal(
-        f"{' '.join(faults)} No whole checkpoint is left in {folder}, and starting afresh would lose the run in silence. Put back a copy "
-        f"of one of them, or move the folder away (or take another run.dir) and start without --resume."
+        f"{' '.join(faults)} No whole checkpoint is left in {folder}. Put back a copy of one of them. Nothing starts afresh by itself: to "
+        f"train anew, move the folder away or take another run.dir, and leave out --resume."
     )
 
 

@@ -102,9 +102,9 @@ class RunFolder:
         """Where checkpoints go."""
         return self.path / CHECKPOINTS
 
-    def begin(self, config: str, command: Sequence[str], *, step: int = 0, tokenizer: str | None = None) -> None:
-        """Writes config.yaml and tokenizer.json, adds this start to run.json, and drops every record after `step`, the step resumed from
-        (0: all).
+    def begin(self, config: str, command: Sequence[str], *, step: int = 0, tokenizer: str | None = None, notes: Sequence[str] = ()) -> None:
+        """Writes config.yaml and tokenizer.json, adds this start to run.json with what is to be noted of it (another checkpoint than the
+        newest, another layout), and drops every record after `step`, the step resumed from (0: all).
 
         Called on every rank once it is certain that the run goes on: after the checkpoint is loaded, before the first record. Raises
         RunStopped (code 5) on all of them when the disk refuses.
@@ -114,7 +114,7 @@ class RunFolder:
         fault = ""
         try:
             if self.writes:
-                self._begin(config, command, step, tokenizer)
+                self._begin(config, _this_start(command, step, notes), step, tokenizer)
         except OSError as error:
             fault = str(error.strerror)
         if said := next((text for text in gather(fault) if text), ""):
@@ -124,13 +124,13 @@ class RunFolder:
                 BAD_CHECKPOINT_WRITE,
             )
 
-    def _begin(self, config: str, command: Sequence[str], step: int, tokenizer: str | None) -> None:
+    def _begin(self, config: str, start: Mapping[str, Any], step: int, tokenizer: str | None) -> None:
         starts = self.path / STARTS
         before = json.loads(starts.read_text())["starts"] if starts.exists() else []
         durable.write_atomically(self.path / CONFIG, config)
         if tokenizer is not None:
             durable.write_atomically(self.path / TOKENIZER, tokenizer)
-        durable.write_atomically(starts, dump({"starts": [*before, _this_start(command, step)]}, indent=1) + "\n")
+        durable.write_atomically(starts, dump({"starts": [*before, start]}, indent=1) + "\n")
         for records in (self.metrics, self.evaluations):
             records.truncate_after(step)
 
@@ -236,11 +236,12 @@ def _lock(path: Path) -> TextIO | None:
     return file
 
 
-def _this_start(command: Sequence[str], step: int) -> dict[str, Any]:
+def _this_start(command: Sequence[str], step: int, notes: Sequence[str]) -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
         "step": step,
+        "notes": list(notes),
         "commit": _commit(Path(__file__).parent),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},

@@ -85,10 +85,11 @@ class _Run:
         self.step, self.skipped, self.skipped_in_a_row, self.seconds = 0, 0, 0, 0.0
         self.since_record: list[float] = []  # seconds of each step
         watchdog.beat("engine built")
+        self.notes: list[str] = []  # of what was resumed
         state = self._resume() if resume else None
         watchdog.beat("checkpoint loaded")
         self.first_step = self.step
-        folder.begin(recipe.to_yaml(), sys.argv, step=self.step, tokenizer=tokenizer_text(recipe))
+        folder.begin(recipe.to_yaml(), sys.argv, step=self.step, tokenizer=tokenizer_text(recipe), notes=self.notes)
         self.last_record, self.last_evaluation = folder.metrics.last(), folder.evaluations.last()
         self.telemetry = Telemetry(
             folder,
@@ -122,7 +123,7 @@ class _Run:
         if resumed is None:
             return {}
         state = resumed.state
-        self.step = resumed.step
+        self.step, self.notes = resumed.step, resumed.notes
         if state.loader:  # an import has been trained on nothing yet
             self.loader.load_state_dict(state.loader)
             self.ledger.load_state_dict(state.ledger)

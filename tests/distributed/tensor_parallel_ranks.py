@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import mappings, vocab_parallel_cross_entropy
 from torch import Tensor
 
 from model.config import AttractorConfig, BackboneConfig, GradientConfig, ModelConfig, SolverConfig
-from model.fixed_point import _Mixer
+from model.fixed_point import Mixer
 from model.language_model import LanguageModel, build
 from model.loss import IGNORE
 from pretrain.layout import Layout
@@ -148,16 +148,16 @@ def _sent(mesh: Mesh) -> dict[str, Any]:
     model = build(config, layers=_layers(mesh, False), seed=1)
     assert model.refine is not None
     kept: list[list[int]] = []
-    original = _Mixer.next
+    original = Mixer.next
 
-    def watched(mixer: _Mixer, *arguments: Tensor) -> Tensor:
+    def watched(mixer: Mixer, *arguments: Tensor) -> Tensor:
         result = original(mixer, *arguments)
         kept.extend(list(tensor.shape) for pair in mixer.differences for tensor in pair)
         return result
 
     tokens, _, _ = _batch()
     sent: list[tuple[str, int]] = []
-    with torch.no_grad(), patch.object(_Mixer, "next", watched):
+    with torch.no_grad(), patch.object(Mixer, "next", watched):
         proposal, context = model.propose(tokens, None)
         with _counted(sent):
             model.refine(proposal, context)

@@ -121,6 +121,9 @@ def test_record_ledger_and_checkpoints_know_no_break(outcome: dict[str, Any], ki
     assert math.isclose(totals[0]["flops"]["total"], sum(record["flops_step"] for record in records[0]), rel_tol=1e-9)
     losses = [json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])["loss"] for run in (moved, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2 if "bf16" in kind else 1e-5), "of the moving average, which moved too"
+    noted = [start["notes"] for start in json.loads((moved / "run.json").read_text())["starts"]]
+    assert noted[0] == []
+    assert all("this run has" in notes[-1] for notes in noted[1:]), "each move is in the record"
     layouts = [json.loads(path.read_text())["layout"] for path in sorted(moved.glob("checkpoints/step-*/manifest.json"))]
     assert [(each["pipeline"], each["data"], each["tensor"], each["zero"]) for each in layouts] == [
         (2, 1, 2, 1),

@@ -100,14 +100,15 @@ def test_resuming_leaves_each_step_once(tmp_path: Path, caplog: pytest.LogCaptur
     folder.close()
 
     folder = RunFolder.open(tmp_path, resume=True)
-    folder.begin("train: {seed: 0}\n", ["attractor", "train", "demo", "--resume"], step=20)
+    folder.begin("train: {seed: 0}\n", ["attractor", "train", "demo", "--resume"], step=20, notes=["another layout"])
     assert "1 unreadable line(s) dropped" in caplog.text
     for step in (30, 40):
         folder.metrics.append({"step": step, "loss": 2.0})
     folder.close()
     assert [(record["step"], record["loss"]) for record in read(tmp_path / "metrics.jsonl")] == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
     assert read(tmp_path / "evaluations.jsonl") == []
-    assert [start["step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [0, 20]
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [(start["step"], start["notes"]) for start in starts] == [(0, []), (20, ["another layout"])]
     assert (tmp_path / "config.yaml").read_text() == "train: {seed: 0}\n"
 
 
