@@ -35,9 +35,9 @@ from model.language_model import LanguageModel, build
 from model.roles import parameter_roles
 from pretrain import checkpoint_files as files
 from pretrain import durable
+from pretrain.canonical import WEIGHTS
 from pretrain.config import Recipe
 from pretrain.layout import Layout
-from pretrain.loaded import WEIGHTS
 from pretrain.optimizer import MUON, parameter_groups
 from pretrain.pieces import Held, Pieces, Shard, flat_run, joined_shares, layout_record, pieces_file
 from pretrain.run_folder import CHECKPOINTS, CONFIG, TOKENIZER

@@ -31,7 +31,7 @@ from pretrain.tensor_files import in_order, write_tensors
 from pretrain.training_state import STATE, TrainingState
 
 WEIGHTS, AVERAGE, OPTIMIZER = "weights", "average", "optimizer"
-"""Stems of the tensor files."""
+"""Stems of a checkpoint's tensor files; one of a layout has the first two, in the precision it was trained in."""
 CANONICAL: dict[str, int] = {}
 """What the manifest of a canonical checkpoint says of its layout."""
 AHEAD_BYTES = 1 << 30

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,10 +135,8 @@ def _convert(source: Path, target: Path, recipe: Recipe, progress: Callable[[flo
     Its hashes are checked while it is read, and before what was written takes its name. Where they disagree, all checkpoints are hashed
     first, to find the newest whole one.
     """
-    try:
+    with suppress(BadCheckpoint):  # the second attempt finds the damage again, and names it
         return _convert_chosen(source, target, recipe, progress, hashed=False)
-    except BadCheckpoint:
-        pass
     try:
         return _convert_chosen(source, target, recipe, progress, hashed=True)
     except BadCheckpoint as fault:

@@ -20,6 +20,7 @@ from data_pipeline.token_bytes import tokenizer_file
 from model.config import ModelConfig
 from model.cost import count_parameters
 from model.language_model import LanguageModel, build
+from pretrain.canonical import AVERAGE, WEIGHTS
 from pretrain.config import Recipe
 from pretrain.errors import Refusal
 from pretrain.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
@@ -28,9 +29,6 @@ from pretrain.tensor_files import TensorFiles, holds
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-WEIGHTS, AVERAGE = "weights", "average"
-"""Stems of a checkpoint's tensors (pretrain/tensor_files.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +53,10 @@ class LoadedModel:
     def tokenizer(self) -> Tokenizer:
         """Opened, set to encode a text as it is. Raises Refusal for one that does not fit the model's vocabulary."""
         from data_pipeline import open_tokenizer
-        from data_pipeline.tokenizer import id_count
 
         file = self.find_tokenizer()
         tokenizer = open_tokenizer(file)
-        rows = self.architecture.model.vocabulary_size or 0
-        if id_count(tokenizer) > rows:
-            raise Refusal(
-                f"The tokenizer {file} has ids up to {id_count(tokenizer) - 1:,} and the model of {self.path} {rows:,} rows: "
-                f"it is not this model's tokenizer. Put the one it was trained with in its place."
-            )
+        refuse_misfit(tokenizer, self.architecture.model.vocabulary_size or 0, file)
         return tokenizer
 
     @property
@@ -136,12 +128,23 @@ def tokenizer_of(run: Path, recipe: Recipe) -> Path:
     return kept if kept.is_file() else tokenizer_file(recipe.sources[0][0], recipe.data.cache)
 
 
+def refuse_misfit(tokenizer: Tokenizer, rows: int, where: object) -> None:
+    """Raises Refusal for a tokenizer with ids that an embedding of `rows` lacks. where: its file."""
+    from data_pipeline.tokenizer import id_count
+
+    if (ids := id_count(tokenizer)) > rows:
+        raise Refusal(
+            f"The tokenizer {where} has ids up to {ids - 1:,}, and the model's embedding {rows:,} rows: it is not this model's tokenizer. "
+            f"Give the one it was trained with."
+        )
+
+
 def load_weights(architecture: ModelConfig, folder: Path, stem: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """The model of that architecture with the tensors of FOLDER/STEM, in eval mode. Raises Refusal for tensors that are not its own."""
     with TensorFiles(folder, stem) as tensors:
         refuse_larger(architecture, tensors.shapes, folder)
         model = build(architecture, device="meta")
-        refuse_other_tensors({name: tensor for name, tensor in model.named_parameters()}, tensors.shapes, folder)
+        refuse_other_tensors(dict(model.named_parameters()), tensors.shapes, folder)
         state = {name: tensors.read(name).to(device, dtype) for name in tensors.shapes}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(True)

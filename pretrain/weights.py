@@ -15,9 +15,9 @@ from torch import Tensor
 
 from model.language_model import LanguageModel
 from pretrain.agreement import rank
+from pretrain.canonical import AVERAGE, WEIGHTS
 from pretrain.ema import averaged_weights
 from pretrain.engine import language_model
-from pretrain.loaded import AVERAGE, WEIGHTS
 from pretrain.mesh import Mesh
 from pretrain.zero import client_optimizer
 

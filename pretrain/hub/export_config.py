@@ -55,6 +55,13 @@ def config_document(
         "solver_iterations": solver_iterations,
         "solver_tolerance": architecture.solver.tolerance,
         **usual_fields(architecture.model),
+        **use_fields(sequence_length, begin_id, dtype, version),
+    }
+
+
+def use_fields(sequence_length: int, begin_id: int, dtype: str, version: str) -> dict[str, Any]:
+    """What transformers must know of any export to use it: length in tokens, special ids, the weights' type, its own version."""
+    return {
         "max_position_embeddings": sequence_length,
         "bos_token_id": begin_id,
         "eos_token_id": begin_id,
@@ -81,7 +88,7 @@ def usual_fields(m: BackboneConfig) -> dict[str, Any]:
 
 def read_config(path: Path) -> ReadConfig:
     """The config.json at `path`, checked. Raises Refusal."""
-    document = _document(path)
+    document = read_json_object(path)
     if (found := document.get("model_type")) != MODEL_TYPE:
         raise Refusal(
             f"{path} describes a model of the type {found!r}. Here only exports of the type {MODEL_TYPE!r} are read; a code-free export "
@@ -107,15 +114,16 @@ def read_config(path: Path) -> ReadConfig:
     return ReadConfig(architecture, depth, length, dtype)
 
 
-def _document(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The configuration in a JSON file: of an export, or of what is imported. Raises Refusal."""
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
-        raise Refusal(f"{path} cannot be read: {error.strerror}. Give the folder that `attractor export` wrote.") from error
+        raise Refusal(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from error
     except (ValueError, RecursionError) as error:
-        raise Refusal(f"{path} is no JSON ({error}): it is cut short or damaged. Copy the export again, whole.") from error
+        raise Refusal(f"{path} is not JSON ({error}): it is cut short or damaged. Copy it again from its source.") from error
     if not isinstance(document, dict):
-        raise Refusal(f"{path} is no JSON object. Copy the export again, whole.")
+        raise Refusal(f"{path} holds no configuration: it is not an object of options. Copy it again from its source.")
     return document
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from model.config import BackboneConfig, ModelConfig
 from pretrain.errors import Refusal
-from pretrain.hub.export_config import usual_fields
+from pretrain.hub.export_config import use_fields, usual_fields
 
 _FP32_EPSILON = torch.finfo(torch.float32).eps
 
@@ -94,13 +94,7 @@ def plain_document(m: BackboneConfig, stock: Stock, *, sequence_length: int, beg
         "rope_scaling": None,
         "attention_bias": False,
         "mlp_bias": False,
-        "max_position_embeddings": sequence_length,
-        "bos_token_id": begin_id,
-        "eos_token_id": begin_id,
-        "pad_token_id": begin_id,
-        "use_cache": True,
-        "dtype": dtype,
-        "transformers_version": version,
+        **use_fields(sequence_length, begin_id, dtype, version),
     }
 
 

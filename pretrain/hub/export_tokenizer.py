@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipeline.tokenizer import begin_id, id_count, tokenizer_from_json
 from pretrain.errors import Refusal
+from pretrain.loaded import refuse_misfit
 
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 PROMPT = "The first thing to know about a river is where it begins: high up, it is a trickle, cold and clear, and nobody's."
@@ -36,11 +37,7 @@ def export_tokenizer(text: str, where: str, rows: int, sequence_length: int) -> 
     from tokenizers import AddedToken, processors
 
     tokenizer = tokenizer_from_json(text, where)
-    if id_count(tokenizer) > rows:
-        raise Refusal(
-            f"The tokenizer {where} has ids up to {id_count(tokenizer) - 1:,} and the model {rows:,} rows: it is not this model's "
-            f"tokenizer. Put the one it was trained with in its place."
-        )
+    refuse_misfit(tokenizer, rows, where)
     begin = begin_id(tokenizer, where)
     token = tokenizer.id_to_token(begin)
     prompt = [begin, *tokenizer.encode(PROMPT, add_special_tokens=False).ids]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data_pipeline import open_manifest
 from data_pipeline.token_bytes import tokenizer_file
-from data_pipeline.tokenizer import begin_id, fingerprint, id_count, read_tokenizer_json, tokenizer_from_json
+from data_pipeline.tokenizer import begin_id, fingerprint, read_tokenizer_json, tokenizer_from_json
 from model.config import ModelConfig
 from model.language_model import build
 from pretrain import durable
@@ -37,7 +37,7 @@ from pretrain.hub import export_config
 from pretrain.hub.published_config import read_config
 from pretrain.hub.published_files import Published, open_published
 from pretrain.hub.published_names import EMBEDDING, HEAD, TABLE, parameters_of, parts_of, refuse_misfits, rotary_base, with_base
-from pretrain.loaded import refuse_larger, refuse_other_tensors
+from pretrain.loaded import refuse_larger, refuse_misfit, refuse_other_tensors
 from pretrain.run_folder import CHECKPOINTS, CONFIG, IMPORTED, TOKENIZER, dump
 from pretrain.training_state import TrainingState
 
@@ -179,11 +179,7 @@ def _tokenizer(source: Path, given: Path | None, data: str | None, rows: int) ->
         ]
     text = read_tokenizer_json(file)
     tokenizer = tokenizer_from_json(text, str(file))
-    if id_count(tokenizer) > rows:
-        raise Refusal(
-            f"The tokenizer {file} has ids up to {id_count(tokenizer) - 1:,}, and the model's embedding {rows:,} rows: it is not this "
-            f"model's. Give the one it was trained with (--tokenizer)."
-        )
+    refuse_misfit(tokenizer, rows, file)
     if data is not None and (found := open_manifest(data).tokenizer_fingerprint) != fingerprint(text):
         raise Refusal(
             f"The data at {data} was prepared with another tokenizer ({found[:12]}) than {file} ({fingerprint(text)[:12]}): its ids mean "

@@ -13,7 +13,6 @@ Refused: a file cut short, a pickle that would run code, a missing or misnamed s
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import Refusal
+from pretrain.hub.export_config import read_json_object
 from pretrain.tensor_files import TensorFiles, holds, index_path
 
 CONFIG, RUN_CONFIG = "config.json", "model_config.json"
@@ -72,21 +72,8 @@ def open_published(path: Path) -> Published:
     return _model(path)
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises Refusal."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refusal(f"{path} cannot be read: {error.strerror}. Mend its permissions.") from error
-    except (ValueError, RecursionError) as error:
-        raise Refusal(f"{path} is not JSON ({error}). Copy it again from its source.") from error
-    if not isinstance(config, dict):
-        raise Refusal(f"{path} holds no configuration: it is not an object of options. Copy it again from its source.")
-    return config
-
-
 def _model(folder: Path) -> Published:
-    config = read_config_file(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     if holds(folder, STEM):
         tensors = TensorFiles(folder, STEM)
         index = index_path(folder, STEM)
@@ -106,7 +93,7 @@ def _training(file: Path, config: Path) -> Published:
     state = _load(file, SAVED_BY_TRAINING)
     if not isinstance(state, dict) or not isinstance(state.get("model", state), dict):
         raise Refusal(f"{file} holds no weights by name under `model`: it is no checkpoint of the public training code.")
-    return _pickled(state.get("model", state), file, read_config_file(config), config)
+    return _pickled(state.get("model", state), file, read_json_object(config), config)
 
 
 def _checkpoint_of(run: Path) -> Path:
