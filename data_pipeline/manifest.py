@@ -110,4 +110,6 @@ def open_manifest(path_or_url: str | Path, cache: str | Path | None = None) -> M
             f"{location} is not a finished prepared set: it has no {MANIFEST}. Make one with `attractor data prepare SOURCE --out DIR`, "
             "or correct data.path."
         ) from error
+    if b'"format": "puzzles-' in text:
+        raise Refusal(f"{location} holds puzzles, not text, and this is for language models. Give a set of text, or a recipe of puzzles.")
     return Manifest.from_json(text, f"{location}/{MANIFEST}")

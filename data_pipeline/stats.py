@@ -1,4 +1,4 @@
-"""Stats: what a prepared folder holds, from its manifest and the lengths of its documents."""
+"""Stats: what a prepared folder holds, from its manifest and the lengths of its documents. Puzzles: puzzles/stats.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.manifest import Counts, open_manifest
+from data_pipeline.puzzles.manifest import holds_puzzles
+from data_pipeline.puzzles.stats import PuzzleStats, puzzle_stats
 from data_pipeline.store import Store
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -44,8 +46,10 @@ class Stats:
     skipped: dict[str, int]
 
 
-def stats(path: str | Path) -> Stats:
+def stats(path: str | Path) -> Stats | PuzzleStats:
     """Reads every shard once, for the lengths of the documents."""
+    if holds_puzzles(path):
+        return puzzle_stats(path)
     manifest = open_manifest(path)
     return Stats(
         path=str(path),

@@ -1,7 +1,8 @@
-"""Verify: every byte of a prepared folder against its manifest."""
+"""Verify: every byte of a prepared folder against its manifest. A set of puzzles is verified by puzzles/verify.py."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from data_pipeline.errors import Refusal
 from data_pipeline.manifest import open_manifest
+from data_pipeline.puzzles.manifest import holds_puzzles
+from data_pipeline.puzzles.verify import PuzzleReport, verify_puzzles
 from data_pipeline.shards import HASHES, Damaged, Shard, ShardSamples
 from data_pipeline.store import Store, describe
 
@@ -27,11 +30,14 @@ class VerifyReport:
     tokens: int
 
 
-def verify(path: str | Path) -> VerifyReport:
+def verify(path: str | Path, progress: Callable[[float], None] | None = None) -> VerifyReport | PuzzleReport:
     """Check tokenizer, indexes, of every shard presence, size, both hashes and samples, and the manifest's counts of each split.
 
-    Returns only if all are sound: the Refusal names each damaged shard and what is wrong with it.
+    Returns only if all are sound: the Refusal names each damaged shard and what is wrong with it. Of puzzles also each one's solution is
+    checked, and `progress` told the share done.
     """
+    if holds_puzzles(path):
+        return verify_puzzles(path, progress)
     manifest = open_manifest(path)
     shards = size = windows = tokens = 0
     damaged: list[str] = []
