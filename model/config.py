@@ -212,10 +212,6 @@ class GradientConfig:
             _require(value is None or value > 0, f"gradient.{name} must be above 0 or left out, not {value}.")
         for name in ("convergence_penalty", "jacobian_penalty"):
             _require(getattr(self, name) >= 0, f"gradient.{name} must be 0 (off) or above, not {getattr(self, name)}.")
-            _require(
-                getattr(self, name) == 0 or self.mode != "phantom",
-                f"gradient.{name} needs one application at the equilibrium, which gradient.mode=phantom lacks: choose another mode.",
-            )
 
 
 @dataclass(frozen=True)

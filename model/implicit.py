@@ -10,8 +10,9 @@ Parameters and y0 enter autograd through exactly one differentiable application 
 parallelism and ZeRO fire once a backward. neumann and adjoint put a node behind that application which turns v into u by
 vector-Jacobian products of its graph alone: those reach no parameter. Nothing of the solve is kept for backward.
 
-The value returned is f(y*): the equilibrium after one application more. Where the tokens of a sequence are divided over ranks, v, u
-and y* are this rank's and f's collectives make J^T the whole sequence's. Shapes: y*, y0, f, u, v [b, s, w].
+The value returned is f(y*): the equilibrium after one application more. Penalties are of the application at y*, which is phantom's first.
+Where the tokens of a sequence are divided over ranks, v, u and y* are this rank's and f's collectives make J^T the whole sequence's.
+Shapes: y*, y0, f, u, v [b, s, w].
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ def attach(
     point = equilibrium.detach()
     products = torch.zeros((), dtype=torch.int64)
     apply = _recomputed(f) if recompute else f
-    if config.mode == "phantom":
-        return Attached(_phantom(apply, point, config), None, products)
-    needs_point = config.mode != "one_step" or config.jacobian_penalty > 0
+    needs_point = config.mode in ("neumann", "adjoint") or config.jacobian_penalty > 0
     point.requires_grad_(needs_point)
     with sdpa_kernel(SDPBackend.MATH) if config.jacobian_penalty else nullcontext():  # no fused kernel has a second derivative
         output = f(point) if needs_point else apply(point)
     penalty = _penalty(output, point, config, tokens) if config.convergence_penalty or config.jacobian_penalty else None
-    if config.mode != "one_step":
+    if config.mode == "phantom":
+        output = _phantom(apply, point.detach(), output, config)
+    elif config.mode != "one_step":
         output = _Adjoint.apply(output, point, config, solver, products, tokens)
     return Attached(output, penalty, products)
 
@@ -67,10 +68,11 @@ def _recomputed(f: Map) -> Map:
     return lambda y: checkpoint(f, y, use_reentrant=False, preserve_rng_state=False)
 
 
-def _phantom(f: Map, y: Tensor, config: GradientConfig) -> Tensor:
-    for _ in range(config.steps):
-        value = f(y)
-        y = value if config.damping == 1 else torch.lerp(y, value, config.damping)
+def _phantom(f: Map, y: Tensor, value: Tensor, config: GradientConfig) -> Tensor:
+    """k damped steps from y, the first of which has been evaluated: value is f(y)."""
+    for step in range(config.steps):
+        value = value if step == 0 else f(y)
+        y = value if config.damping == 1 else torch.lerp(y, value.to(y.dtype), config.damping)
     return y
 
 

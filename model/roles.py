@@ -29,6 +29,8 @@ class Role(StrEnum):
     """Into the state of a loop, and out of it."""
     ATTRACTOR_MATRIX = "attractor_matrix"
     ATTRACTOR_VECTOR = "attractor_vector"
+    PUZZLE_EMBEDDING = "puzzle_embedding"
+    """Of a reasoner (model/reasoning/roles.py); language models have none."""
 
 
 def parameter_roles(model: LanguageModel) -> dict[str, Role]:
