@@ -31,9 +31,9 @@ def demo(folder: Path = FOLDER) -> None:
     _prepare(data)
     runs = {label: folder / recipe for label, recipe in RUNS.items()}
     for label, recipe in RUNS.items():
-        _train(label, recipe, data, runs[label])
+        train_one(label, recipe, [f"data.path={data}"], runs[label])
     reports = {label: _evaluate(label, run) for label, run in runs.items()}
-    out.print(_table(reports, {label: _summary(run) for label, run in runs.items()}))
+    out.print(_table(reports, {label: run_summary(run) for label, run in runs.items()}))
     from pretrain.plots import plot_training
 
     picture = plot_training(runs, folder / "loss.png")
@@ -61,21 +61,22 @@ def _prepare(data: Path) -> None:
     console().print(f"Data: {split.bytes / 1e6:.1f} MB of English text, {si(split.tokens, 'tokens')}, in {data}", highlight=False)
 
 
-def _train(label: str, recipe: str, data: Path, run: Path) -> None:
+def train_one(label: str, recipe: str, overrides: list[str], run: Path) -> None:
     """Trains to the end of the budget, from where an earlier demo left off."""
-    summary = _summary(run)
-    if summary and summary["step"] == summary["total_steps"]:
+    found = run_summary(run)
+    if found and found["step"] == found["total_steps"]:
         console().print(f"{label}: already trained in {run}", highlight=False)
         return
     console().print(f"{label}: training in {run}", highlight=False)
     resume = ["--resume"] if (run / "config.yaml").exists() else []
-    code = launch([str(ENTRY), recipe, f"data.path={data}", f"run.dir={run}", *resume], 1)
+    code = launch([str(ENTRY), recipe, *overrides, f"run.dir={run}", *resume], 1)
     if code:
         sys.stdout.flush()
         raise RunStopped(f"The {label} run stopped with exit code {code}; `attractor demo` goes on from its last checkpoint.", code)
 
 
-def _summary(run: Path) -> dict[str, Any]:
+def run_summary(run: Path) -> dict[str, Any]:
+    """summary.json of a run; empty where there is none."""
     path = run / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

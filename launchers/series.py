@@ -27,13 +27,17 @@ from typing import Any
 from launchers.commands.train import check as check_run
 from launchers.local import PR_SET_PDEATHSIG, noting_signals
 from launchers.plan import complete
-from pretrain.config import Recipe, load_recipe, stated
+from launchers.puzzle_plan import complete_puzzles
+from pretrain.config import AnyRecipe, PuzzleRecipe, load_any, read_recipe, stated
 from pretrain.errors import SIGNALLED, Refusal, RunStopped
 from pretrain.overrides import parse_yaml
 from pretrain.run_folder import CONFIG, SUMMARY
 
 _OWN = {"run.dir": "--out DIR names the folder, and every run has its own in it", "run.name": "every run is named by what it is"}
-_MAY_DIFFER = {"run.dir", "train.micro_batch", "train.recompute", "train.device", "train.log_every", "data.workers", "data.cache"}
+_MAY_DIFFER = {
+    *("run.dir", "train.micro_batch", "train.recompute", "train.device", "train.log_every"),
+    *("data.workers", "data.cache", "evaluation.batch"),
+}
 """Keys that say where and how fast a run is trained, and not what; so does every key of the layout."""
 
 
@@ -51,10 +55,10 @@ class Member:
         """What `attractor train` is given."""
         return [self.recipe, *self.overrides, override("run.name", self.name), override("run.dir", str(self.run))]
 
-    def load(self) -> Recipe:
+    def load(self) -> AnyRecipe:
         """Its recipe. Raises Refusal that names it."""
         with naming(self.name):
-            return load_recipe(self.words[0], self.words[1:])
+            return load_any(self.words[0], self.words[1:])
 
 
 @contextlib.contextmanager
@@ -96,28 +100,39 @@ def finished(run: Path) -> bool:
     return bool(found) and found["step"] == found["total_steps"] == (found["evaluation"] or {}).get("step")
 
 
-def stored(run: Path) -> Recipe:
+def stored(run: Path) -> AnyRecipe:
     """The recipe of a run that was started."""
-    return Recipe.from_yaml((run / CONFIG).read_text(encoding="utf-8"), str(run / CONFIG))
+    return read_recipe((run / CONFIG).read_text(encoding="utf-8"), str(run / CONFIG))
 
 
-def check(members: Sequence[Member], ranks: int) -> list[Recipe]:
+def completed(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe with what the data decides. Raises Refusal where nothing says it."""
+    return complete_puzzles(recipe) if isinstance(recipe, PuzzleRecipe) else complete(recipe)
+
+
+def check(members: Sequence[Member], ranks: int) -> list[AnyRecipe]:
     """The recipes, with what the data decides. Raises Refusal, which names the member, for one that could not be trained."""
     recipes = []
     for member in members:
         recipe = member.load()
         with naming(member.name):
             check_run(recipe, ranks, resume=started(member.run))
-            recipe = complete(recipe)
+            recipe = completed(recipe)
             if started(member.run):
                 _refuse_other(recipe, member.run)
         recipes.append(recipe)
     return recipes
 
 
-def _refuse_other(recipe: Recipe, run: Path) -> None:
+def _refuse_other(recipe: AnyRecipe, run: Path) -> None:
     """Raises Refusal where the run in the folder is not the one that is asked for."""
-    there, asked = _flat(stored(run)), _flat(recipe)
+    kept = stored(run)
+    if type(kept) is not type(recipe):
+        raise Refusal(
+            f"{run} holds a run of another regime: one of the two is of puzzles, and the other of text. Choose another --out, or move that "
+            "folder away."
+        )
+    there, asked = _flat(kept), _flat(recipe)
     differ = [key for key in asked if there[key] != asked[key] and key not in _MAY_DIFFER and not key.startswith("layout.")]
     if differ:
         said = ", ".join(f"{key}={json.dumps(there[key])} (asked for: {json.dumps(asked[key])})" for key in differ[:3])
@@ -127,7 +142,7 @@ def _refuse_other(recipe: Recipe, run: Path) -> None:
         )
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
+def _flat(recipe: AnyRecipe) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, body in recipe.model_dump(mode="json").items() for key, value in body.items()}
 
 

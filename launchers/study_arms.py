@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.plan import complete
-from launchers.series import Member, finished, naming, override, refuse_own, started, stored, summary
+from launchers.series import Member, finished, naming, override, refuse_own, started, summary
 from launchers.study import Arm, Study, Times
 from model.cost import Work, count_parameters
 from pretrain.config import Recipe, load_recipe, stated
@@ -26,6 +26,7 @@ from pretrain.ledger import peak_flops
 from pretrain.matching import nearest_budget, run_flops, token_flops, tokens_for_flops, work_of
 from pretrain.measured import measured
 from pretrain.recommend import recommend
+from pretrain.run_folder import CONFIG
 from pretrain.scaling import estimate
 
 
@@ -108,8 +109,9 @@ class Arms:
             f"{'measured' if known else 'planned'} FLOPs of {source.name}" + iterates * f", {'measured' if work else 'expected'} iterations"
         )
         tokens = tokens_for_flops(recipe, spent, work)
-        if started(run) and stored(run).train.tokens != tokens:
-            return stored(run).train.tokens, "as it was started"
+        if started(run):
+            begun = Recipe.from_yaml((run / CONFIG).read_text(encoding="utf-8"), str(run / CONFIG)).train.tokens
+            return (tokens, basis) if begun == tokens else (begun, "as it was started")
         return tokens, basis
 
     def _work(self, arm: Arm, recipe: Recipe, earlier: dict[str, Entry]) -> Work | None:

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers.output import si, size
-from launchers.series import Member, finished, override, refuse_own, started, summary
-from model.cost import count_parameters
+from launchers.series import Member, override, refuse_own
+from launchers.sweep_rows import COLUMNS, NOTES, Row, cells
 from pretrain import durable
-from pretrain.config import Recipe, stated, sweep_of
+from pretrain.config import stated, sweep_of
 from pretrain.errors import Refusal
-from pretrain.matching import run_flops
 from pretrain.overrides import parse_override, parse_yaml
+from pretrain.recipe_files import schema_of
 from pretrain.run_folder import dump
 from pretrain.sweeps import Settings, product
 
@@ -50,7 +49,7 @@ def make_sweep(recipe: str, words: Sequence[str], out: Path | None = None) -> Sw
     for member in sweep_of(recipe) or [{}]:
         left = {key: value for key, value in member.items() if key not in fixed}
         own += [left] if left not in own else []
-    settings = [{**member, **more} for member in own for more in (product(axes, "the command line") if axes else [{}])]
+    settings = [{**member, **more} for member in own for more in (product(axes, "the command line", schema_of(recipe)) if axes else [{}])]
     if settings == [{}]:
         raise Refusal(
             f"Nothing is swept in {recipe}: give a key several values, such as solver.tolerance=1e-2,1e-3, or name a recipe with a "
@@ -116,58 +115,15 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
-COLUMNS = ("parameters", "in matmuls", "tokens", "FLOPs", "loss", "perplexity", "iterations", "converged", "seconds", "memory", "state")
-
-
-def row(settings: Settings, member: Member, recipe: Recipe, code: int | None = None) -> dict[str, Any]:
-    """What there is to say of a member: its values, what is planned, what its folder says was measured. FLOPs are the model's.
-
-    code: how its process ended, where it ran now.
-    """
-    found, counts = summary(member.run), count_parameters(recipe.architecture)
-    length = recipe.data.sequence_length or 0
-    tokens = recipe.steps(length) * recipe.train.global_batch * length
-    done = finished(member.run)
-    evaluation = (found.get("evaluation") or {}) if done else {}
-    depth = next(reversed(evaluation.get("loss", {})), "")
-    return {
-        "member": member.name,
-        "run": str(member.run),
-        "settings": settings,
-        "state": "finished" if done else f"failed ({code})" if code else "interrupted" if started(member.run) else "to train",
-        "parameters": {"total": counts.total, "matmul": counts.matmul},
-        "tokens": found["tokens"] if done else tokens,
-        "flops": found["flops"]["model"] if done else run_flops(recipe, tokens),
-        "loss": evaluation.get("loss", {}).get(depth),
-        "perplexity": evaluation.get("perplexity", {}).get(depth),
-        "iterations": evaluation.get("iterations", {}).get(depth),
-        "converged": evaluation.get("converged"),
-        "seconds": found["seconds"] if done else None,
-        "memory_bytes": found["metrics"]["memory_bytes"] if done else None,
-    }
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """The row as text, under `COLUMNS`."""
-
-    def text(key: str, form: str, scale: float = 1.0) -> str:
-        return "" if row[key] is None else format(scale * row[key], form)
-
-    counts = [si(row["parameters"]["total"]), si(row["parameters"]["matmul"]), si(row["tokens"]), si(row["flops"])]
-    losses = [text("loss", ".4f"), text("perplexity", ".2f")]
-    solver = [text("iterations", ".2f"), text("converged", ".0f", 100) + " %" * (row["converged"] is not None)]
-    return [*counts, *losses, *solver, text("seconds", ".0f"), size(row["memory_bytes"]) if row["memory_bytes"] else "", row["state"]]
-
-
-def write(sweep: Sweep, rows: list[dict[str, Any]]) -> Path:
+def write(sweep: Sweep, rows: list[Row]) -> Path:
     """sweep.json and sweep.md in the sweep's folder; the latter is returned. Each whole or not at all."""
     sweep.out.mkdir(parents=True, exist_ok=True)
     durable.write_atomically(sweep.out / "sweep.json", dump({"sweep": sweep.name, "members": rows}, indent=1) + "\n")
-    keys = list(sweep.settings[0])
-    lines = [[*keys, *COLUMNS], ["---"] * len(keys) + ["---:"] * len(COLUMNS)]
-    lines += [[*map(value_text, row["settings"].values()), *cells(row)] for row in rows]
+    keys, regime = list(sweep.settings[0]), rows[0]["regime"]
+    lines = [[*keys, *COLUMNS[regime]], ["---"] * len(keys) + ["---:"] * len(COLUMNS[regime])]
+    lines += [[*map(value_text, row["settings"].values()), *cells(row).values()] for row in rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    head = f"# {sweep.name}\n\nLosses are those of the last evaluation in training, at the last of its depths. FLOPs are the model's.\n\n"
+    head = f"# {sweep.name}\n\n{NOTES[regime]}\n\n"
     path = sweep.out / "sweep.md"
     durable.write_atomically(path, f"{head}{text}\n")
     return path

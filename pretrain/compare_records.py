@@ -46,13 +46,11 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """One run's records. `name` is what the comparison calls it."""
+class Records:
+    """What the folder of a run of any regime tells of what was spent. `name` is what the comparison calls it."""
 
     path: Path
     name: str
-    recipe: Recipe
-    manifest: Manifest
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     starts: list[dict[str, Any]]
@@ -62,6 +60,51 @@ class RunRecord:
     def step(self) -> int:
         """Of the last record."""
         return int(self.metrics[-1]["step"])
+
+    @cached_property
+    def ledger(self) -> tuple[NDArray, NDArray, NDArray]:
+        """Tokens, hardware FLOPs and seconds so far at every record of metrics.jsonl."""
+        tokens, flops = (np.array([record[key] for record in self.metrics], float) for key in ("tokens", "flops_total"))
+        return tokens, flops, np.cumsum(self._steps * np.array([record["step_seconds"] for record in self.metrics], float))
+
+    def spent_at(self, tokens: NDArray) -> tuple[NDArray, NDArray]:
+        """Hardware FLOPs and seconds when so many tokens had been trained on; between two records interpolated by tokens."""
+        known, flops, seconds = self.ledger
+        return _along(known, flops, tokens), _along(known, seconds, tokens)
+
+    @property
+    def seconds(self) -> float:
+        """Of training steps, up to the last record."""
+        return float(self.ledger[2][-1])
+
+    @property
+    def _steps(self) -> NDArray:
+        """Steps each record stands for."""
+        return np.diff([0, *(record["step"] for record in self.metrics)]).astype(float)
+
+    def flops(self) -> dict[str, float]:
+        """Hardware FLOPs, and model FLOPs: those without what backward computed again.
+
+        Exact where the summary is of the last record; else what was computed again is that of the recorded steps, times theirs.
+        """
+        hardware = float(self.metrics[-1]["flops_total"])
+        if self.summary.get("step") == self.step:
+            return {"hardware": hardware, "model": float(self.summary["flops"]["model"])}
+        again = np.array([record["flops_parts"]["recomputation"] for record in self.metrics])
+        return {"hardware": hardware, "model": hardware - float(np.sum(again * self._steps))}
+
+    def series(self, key: str) -> tuple[NDArray, NDArray]:
+        """(tokens, value) of a key of metrics.jsonl, where it is recorded."""
+        told = [(record["tokens"], record[key]) for record in self.metrics if _finite(record.get(key))]
+        return np.array([at for at, _ in told], float), np.array([value for _, value in told], float)
+
+
+@dataclass(frozen=True)
+class RunRecord(Records):
+    """One language model's run."""
+
+    recipe: Recipe
+    manifest: Manifest
 
     @property
     def total_steps(self) -> int:
@@ -90,54 +133,16 @@ class RunRecord:
     def training(self) -> Curve:
         """The recorded losses of steps; steps that were skipped have none."""
         finite = np.array([_finite(record["loss"]) for record in self.metrics])
-        tokens, flops, seconds = self._ledger
+        tokens, flops, seconds = self.ledger
         losses = np.array([record["loss"] for record, use in zip(self.metrics, finite, strict=True) if use], float)
         return Curve(tokens[finite], flops[finite], seconds[finite], losses)
 
     @cached_property
     def validation(self) -> Curve:
-        """Validation losses at the run's own depth. FLOPs and seconds between two records are interpolated by tokens."""
+        """Validation losses at the run's own depth."""
         told = [(record["tokens"], own_loss(record)) for record in self.evaluations]
         tokens = np.array([at for at, loss in told if _finite(loss)], float)
-        known, flops, seconds = self._ledger
-        return Curve(
-            tokens,
-            _along(known, flops, tokens),
-            _along(known, seconds, tokens),
-            np.array([loss for _, loss in told if _finite(loss)], float),
-        )
-
-    @cached_property
-    def _ledger(self) -> tuple[NDArray, NDArray, NDArray]:
-        """Tokens, hardware FLOPs and seconds so far at every record of metrics.jsonl."""
-        tokens, flops = (np.array([record[key] for record in self.metrics], float) for key in ("tokens", "flops_total"))
-        return tokens, flops, np.cumsum(self._steps * np.array([record["step_seconds"] for record in self.metrics], float))
-
-    @property
-    def seconds(self) -> float:
-        """Of training steps, up to the last record."""
-        return float(self._ledger[2][-1])
-
-    @property
-    def _steps(self) -> NDArray:
-        """Steps each record stands for."""
-        return np.diff([0, *(record["step"] for record in self.metrics)]).astype(float)
-
-    def flops(self) -> dict[str, float]:
-        """Hardware FLOPs, and model FLOPs: those without what backward computed again.
-
-        Exact where the summary is of the last record; else what was computed again is that of the recorded steps, times theirs.
-        """
-        hardware = float(self.metrics[-1]["flops_total"])
-        if self.summary.get("step") == self.step:
-            return {"hardware": hardware, "model": float(self.summary["flops"]["model"])}
-        again = np.array([record["flops_parts"]["recomputation"] for record in self.metrics])
-        return {"hardware": hardware, "model": hardware - float(np.sum(again * self._steps))}
-
-    def series(self, key: str) -> tuple[NDArray, NDArray]:
-        """(tokens, value) of a key of metrics.jsonl, where it is recorded."""
-        told = [(record["tokens"], record[key]) for record in self.metrics if _finite(record.get(key))]
-        return np.array([at for at, _ in told], float), np.array([value for _, value in told], float)
+        return Curve(tokens, *self.spent_at(tokens), np.array([loss for _, loss in told if _finite(loss)], float))
 
     def parameters(self) -> dict[str, int]:
         """By kind, in closed form from the recipe."""
@@ -157,29 +162,30 @@ def own_loss(evaluation: dict[str, Any]) -> float | None:
 
 def read_run(path: Path, name: str) -> RunRecord:
     """Reads a run folder. Raises Refusal for a folder without a run, records that are missing or damaged, data that is not there."""
+    recipe = Recipe.from_yaml(stored_recipe(path), str(path / CONFIG))
+    records = read_records(path, name)
+    return RunRecord(**vars(records), recipe=recipe, manifest=_manifest(path, recipe))
+
+
+def stored_recipe(path: Path) -> str:
+    """The text of a run's config.yaml. Raises Refusal for a folder without a run."""
     config = path / CONFIG
     if not config.is_file():
         raise Refusal(
             f"There is no run in {path}: it has no {CONFIG}. Give the folder that `attractor train` wrote (run.dir).{_near(path)}"
         )
-    recipe = Recipe.from_yaml(config.read_text(encoding="utf-8"), str(config))
+    return config.read_text(encoding="utf-8")
+
+
+def read_records(path: Path, name: str) -> Records:
+    """What a run of any regime recorded. Raises Refusal where that is no loss yet, or damaged."""
     metrics = read_lines(path / METRICS)
     if not any(_finite(record.get("loss")) for record in metrics):
         raise Refusal(
             f"The run {path} has no record of a loss yet ({METRICS} is missing, empty, or holds skipped steps only): there is nothing to "
             "compare. Wait until it has logged a step (train.log_every), or leave it out."
         )
-    starts = _json(path / STARTS)
-    return RunRecord(
-        path,
-        name,
-        recipe,
-        _manifest(path, recipe),
-        metrics,
-        read_lines(path / EVALUATIONS),
-        starts.get("starts", []),
-        _json(path / SUMMARY),
-    )
+    return Records(path, name, metrics, read_lines(path / EVALUATIONS), _json(path / STARTS).get("starts", []), _json(path / SUMMARY))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -13,20 +13,34 @@ and `loop` are the records of model/config.py, defaults included.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
 from model.config import AttractorConfig, BackboneConfig, GradientConfig, LoopConfig, ModelConfig, SolverConfig
+from pretrain.draft import Draft, accumulation
 from pretrain.errors import Refusal
-from pretrain.keys import KEYS, SECTIONS, fit, unknown, wanted
+from pretrain.keys import LANGUAGE
 from pretrain.layout import refuse_illegal
 from pretrain.overrides import parse_override, parse_yaml
-from pretrain.recipe_files import RECIPES, layers, mapping, recipe_file, recipe_names, sweep_names, sweep_of
+from pretrain.reasoning.config import PuzzleRecipe
+from pretrain.reasoning.sections import REASONING
+from pretrain.recipe_files import (
+    LANGUAGE_REGIME,
+    REASONING_REGIME,
+    RECIPES,
+    layers,
+    mapping,
+    recipe_file,
+    recipe_names,
+    regime_of,
+    sweep_names,
+    sweep_of,
+)
 from pretrain.sections import (
     CheckpointSection,
     DataSection,
@@ -41,7 +55,22 @@ from pretrain.sections import (
 )
 from pretrain.sweeps import Settings
 
-__all__ = ["KEYS", "RECIPES", "Recipe", "load_recipe", "recipe_names", "stated", "sweep_names", "sweep_of"]
+KEYS = LANGUAGE.keys
+
+__all__ = [
+    "KEYS",
+    "RECIPES",
+    "AnyRecipe",
+    "PuzzleRecipe",
+    "Recipe",
+    "load_any",
+    "load_recipe",
+    "read_recipe",
+    "recipe_names",
+    "stated",
+    "sweep_names",
+    "sweep_of",
+]
 
 
 class Recipe(Section):
@@ -115,24 +144,7 @@ class Recipe(Section):
 
     def check_world(self, data_ranks: int) -> int:
         """Accumulation: micro-batches a rank takes in each step. Raises Refusal that names legal neighbours when it is not whole."""
-        batch, micro = self.train.global_batch, self.train.micro_batch
-        unit = micro * data_ranks
-        if batch % unit == 0:
-            return batch // unit
-        batches = [str(unit * k) for k in (batch // unit, batch // unit + 1) if k > 0]
-        remedies = [f"train.global_batch={' or '.join(batches)}"]
-        if batch % data_ranks == 0:
-            share = batch // data_ranks
-            micros = [m for m in range(1, share + 1) if share % m == 0]
-            below, above = [m for m in micros if m < micro][-1:], [m for m in micros if m > micro][:1]
-            remedies.append("train.micro_batch=" + " or ".join(str(m) for m in below + above))
-        ranks = [r for r in range(1, batch // micro + 1) if batch % (micro * r) == 0]
-        if ranks:
-            remedies.append("data ranks " + ", ".join(str(r) for r in sorted(ranks, key=lambda r: abs(r - data_ranks))[:3]))
-        raise Refusal(
-            f"train.global_batch={batch} does not divide into micro-batches of train.micro_batch={micro} on {data_ranks} data "
-            f"rank{'s' if data_ranks > 1 else ''} ({unit} sequences at a time). Use {'; or '.join(remedies)}."
-        )
+        return accumulation(self.train, data_ranks)
 
     def to_yaml(self) -> str:
         """The fully resolved recipe: every section, every key, in order."""
@@ -140,10 +152,11 @@ class Recipe(Section):
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "the stored recipe") -> Recipe:
-        """Reads `to_yaml` back; `source` is what errors call it."""
-        draft = _Draft()
-        draft.add(mapping(parse_yaml(text, source), source), source)
-        return draft.recipe(source)
+        """Reads `to_yaml` back; `source` is what errors call it. Raises Refusal for a recipe of another regime."""
+        recipe = read_recipe(text, source)
+        if isinstance(recipe, PuzzleRecipe):
+            raise _wrong_regime(source)
+        return recipe
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
@@ -180,85 +193,63 @@ class Recipe(Section):
         return self
 
 
-class _Draft:
-    """Plain values by section and key, gathered layer by layer, with the place where each was written."""
-
-    def __init__(self) -> None:
-        self.tree: dict[str, dict[str, Any]] = {}
-        self.origins: dict[str, str] = {}
-
-    def add(self, layer: Mapping[str, Any], origin: str) -> None:
-        """Lays a mapping of sections over what is there. Raises Refusal for keys that do not exist."""
-        for section, body in layer.items():
-            if section not in SECTIONS:
-                raise unknown(str(section), origin)
-            for key, value in mapping(body, f"The section {section!r} in {origin}").items():
-                self.put(f"{section}.{key}", value, origin)
-
-    def put(self, dotted: str, value: Any, origin: str) -> None:
-        if dotted in SECTIONS:
-            self.add({dotted: value}, origin)
-        elif dotted not in KEYS:
-            raise unknown(dotted, origin)
-        else:
-            section, _, key = dotted.partition(".")
-            self.tree.setdefault(section, {})[key] = fit(dotted, value)
-            self.origins[dotted] = origin
-
-    def recipe(self, source: str) -> Recipe:
-        """The checked recipe. Raises Refusal with the key, its value, where it was written and what is wanted."""
-        run = self.tree.setdefault("run", {})
-        if not run.get("dir"):
-            run["dir"] = f"runs/{run.get('name') or 'unnamed'}"
-        try:
-            text = json.dumps(self.tree, allow_nan=False)
-        except ValueError as error:
-            raise Refusal(f"{source} holds a number that is not finite (.inf or .nan): every number of a recipe must be finite.") from error
-        try:
-            return Recipe.model_validate_json(text, strict=True)
-        except ValidationError as error:
-            raise Refusal(self._explain(error, source)) from error
-
-    def _explain(self, error: ValidationError, source: str) -> str:
-        first = error.errors()[0]
-        if "error" in first.get("ctx", {}):
-            return f"{first['ctx']['error']} (In {source}.)"
-        dotted = ".".join(str(part) for part in first["loc"][:2])
-        if first["type"] == "missing" and dotted not in self.origins:
-            missing = dotted if dotted in KEYS else "train.tokens"
-            return f"{missing} is missing in {source}: add it, {wanted(missing)}."
-        section, _, key = dotted.partition(".")
-        value = self.tree[section][key]
-        ranged = len(first["loc"]) == 2 and first["type"].startswith(("greater_than", "less_than"))
-        remedy = first["msg"].replace("Input should", "it must") if ranged else f"expected {wanted(dotted)}"
-        return f"{dotted}={value if isinstance(value, str) else json.dumps(value)} (from {self.origins[dotted]}): {remedy}."
+AnyRecipe = Recipe | PuzzleRecipe
+"""Of either regime."""
 
 
-def stated(overrides: Sequence[str]) -> set[str]:
-    """The dotted keys that overrides set, those of a whole section at once too. Raises Refusal for what is no override."""
-    draft = _Draft()
-    for text in overrides:
-        draft.put(*parse_override(text), f"the override `{text}`")
-    return set(draft.origins)
+def read_recipe(text: str, source: str = "the stored recipe") -> AnyRecipe:
+    """A stored recipe of either regime, as its `to_yaml` wrote it; `source` is what errors call it. Raises Refusal."""
+    body = dict(mapping(parse_yaml(text, source), source))
+    return _checked(str(body.pop("regime", LANGUAGE_REGIME)), [(source, body)], source)
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of that name or file, with `section.key=value` overrides on top.
-
-    Raises Refusal for an unknown recipe, an unknown or misspelt key, a value of another type or range, a combination
-    that no run could honour, and a sweep of which the overrides leave a key open.
-    """
-    draft = _Draft()
-    name = recipe_file(name_or_path, Path.cwd()).name.removesuffix(".yml").removesuffix(".yaml")
-    draft.put("run.name", name, "the recipe's name")
-    for origin, layer in layers(name_or_path, Path.cwd()):
+def _checked(regime: str, layers: Iterable[tuple[str, Mapping[str, Any]]], source: str, overrides: Sequence[str] = ()) -> AnyRecipe:
+    puzzles = regime == REASONING_REGIME
+    draft = Draft(REASONING if puzzles else LANGUAGE)
+    for origin, layer in layers:
         draft.add(layer, origin)
     for text in overrides:
         dotted, value = parse_override(text)
         draft.put(dotted, value, f"the override `{text}`")
+    return draft.checked(PuzzleRecipe, source) if puzzles else draft.checked(Recipe, source)
+
+
+def _wrong_regime(source: str) -> Refusal:
+    return Refusal(
+        f"{source[0].upper()}{source[1:]} is of puzzles (regime: reasoning), and this is for language models. Puzzles have `attractor data "
+        f"prepare`, `plan`, `train`, `sweep`, `launch`, `checkpoint`, `evaluate`, `compare` and `bench reasoning`: docs/puzzles.md."
+    )
+
+
+def stated(overrides: Sequence[str]) -> set[str]:
+    """The dotted keys that overrides set, those of a whole section at once too. Raises Refusal for what is no override."""
+    keys = set()
+    for text in overrides:
+        dotted, value = parse_override(text)
+        keys |= {f"{dotted}.{key}" for key in value} if "." not in dotted and isinstance(value, Mapping) else {dotted}
+    return keys
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a language model: see `load_any`. Raises Refusal for one of puzzles too."""
+    recipe = load_any(name_or_path, overrides)
+    if isinstance(recipe, PuzzleRecipe):
+        raise _wrong_regime(f"the recipe {recipe.run.name!r}")
+    return recipe
+
+
+def load_any(name_or_path: str, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """The recipe of that name or file, of either regime, with `section.key=value` overrides on top.
+
+    Raises Refusal for an unknown recipe, an unknown or misspelt key, a value of another type or range, a combination
+    that no run could honour, and a sweep of which the overrides leave a key open.
+    """
+    name = recipe_file(name_or_path, Path.cwd()).name.removesuffix(".yml").removesuffix(".yaml")
+    parts = [("the recipe's name", {"run": {"name": name}}), *layers(name_or_path, Path.cwd())]
     if members := sweep_of(name_or_path):
         _refuse_open(name_or_path, members, stated(overrides))
-    return draft.recipe(f"the recipe {name!r}" + (f" with {' '.join(overrides)}" if overrides else ""))
+    source = f"the recipe {name!r}" + (f" with {' '.join(overrides)}" if overrides else "")
+    return _checked(regime_of(name_or_path, Path.cwd()), parts, source, overrides)
 
 
 def _refuse_open(name: str, members: list[Settings], given: set[str]) -> None:

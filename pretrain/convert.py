@@ -4,9 +4,9 @@
                 has, is removed. Older checkpoints stay as they are. Until the rename nothing has changed.
     --out       a new run folder with the checkpoint, the recipe and the records; the run itself is only read.
 
-What a converted checkpoint lacks are the states of random generators, which belong to ranks. Refused before anything is written: a layout
-that the model or the batch cannot be cut into, a checkpoint that is damaged, of another model, or with a pickle that would run code, and a
-target that exists.
+The puzzles under way of a run on puzzles are kept as they are. What a converted checkpoint lacks are the states of random generators, which
+belong to ranks. Refused before anything is written: a layout that the model or the batch cannot be cut into, a checkpoint that is damaged,
+of another model, or with a pickle that would run code, and a target that exists.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ import torch
 import yaml
 
 from model.language_model import build
+from model.reasoning.reasoner import build as build_reasoner
 from pretrain import checkpoint_files as files
 from pretrain import durable
 from pretrain.canonical import AVERAGE, OPTIMIZER, WEIGHTS, Source, write_canonical
 from pretrain.checkpoint_choice import choose, log, nothing, refuse_unsafe, unsafe_files
 from pretrain.checkpoint_files import BadCheckpoint, CheckpointManifest, FileEntry
-from pretrain.config import Recipe
+from pretrain.config import AnyRecipe, PuzzleRecipe, read_recipe
 from pretrain.errors import BAD_CHECKPOINT_WRITE, Refusal, RunStopped
 from pretrain.layout import as_dict, layout_on
-from pretrain.loaded import recipe_of, refuse_other_tensors
+from pretrain.loaded import any_recipe_of, refuse_other_tensors
 from pretrain.pieces import PIECES
+from pretrain.reasoning.running import CARRY
 from pretrain.run_folder import CHECKPOINTS, CONFIG, RunFolder, guard
 from pretrain.runtime import settle_libraries
 from pretrain.stored import EMA, STEP, WEIGHT, Stored, open_stored, rows_of
 from pretrain.stored_layout import has_pieces, rank_file
+from pretrain.tensor_files import TensorFiles, holds
 from pretrain.training_state import STATE, TrainingState
 
 
@@ -49,7 +52,7 @@ def convert(run: Path, wanted: Mapping[str, Any], out: Path | None, progress: Ca
     """
     started = time.perf_counter()
     settle_libraries(torch.device("cpu"))
-    recipe, ranks = recipe_on(recipe_of(run), wanted)
+    recipe, ranks = recipe_on(any_recipe_of(run), wanted)
     if out is None:
         folder = RunFolder.open(run, resume=True)  # nobody else may write there meanwhile
         try:
@@ -74,9 +77,9 @@ def convert(run: Path, wanted: Mapping[str, Any], out: Path | None, progress: Ca
     }
 
 
-def recipe_on(recipe: Recipe, wanted: Mapping[str, Any]) -> tuple[Recipe, int]:
+def recipe_on(recipe: AnyRecipe, wanted: Mapping[str, Any]) -> tuple[AnyRecipe, int]:
     """The recipe on another layout, and its number of ranks. Raises Refusal for one that the model or the batch cannot be cut into."""
-    tree = recipe.model_dump(mode="json")
+    tree = yaml.safe_load(recipe.to_yaml())
     tensor = wanted.get("tensor", 1)
     tree["layout"] |= {
         "tensor": tensor,
@@ -85,13 +88,13 @@ def recipe_on(recipe: Recipe, wanted: Mapping[str, Any]) -> tuple[Recipe, int]:
         "sequence_parallel": wanted.get("sequence_parallel", recipe.layout.sequence_parallel and tensor > 1),
     }
     tree["train"]["micro_batch"] = wanted.get("micro_batch", recipe.train.micro_batch)
-    changed = Recipe.from_yaml(yaml.safe_dump(tree), "--layout")
+    changed = read_recipe(yaml.safe_dump(tree), "--layout")
     data = wanted.get("data", 1)
     changed.check_world(data)
     return changed, data * changed.layout.tensor * changed.layout.pipeline
 
 
-def _into_new_run(run: Path, out: Path, recipe: Recipe, progress: Callable[[float], None]) -> tuple[CheckpointManifest, Path]:
+def _into_new_run(run: Path, out: Path, recipe: AnyRecipe, progress: Callable[[float], None]) -> tuple[CheckpointManifest, Path]:
     """A new run folder, whole or not there."""
     guard(out, resume=False)
     if out.exists():
@@ -129,7 +132,7 @@ def _disk(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _convert(source: Path, target: Path, recipe: Recipe, progress: Callable[[float], None]) -> tuple[CheckpointManifest, Path]:
+def _convert(source: Path, target: Path, recipe: AnyRecipe, progress: Callable[[float], None]) -> tuple[CheckpointManifest, Path]:
     """Writes the newest whole checkpoint of `source` into `target`: its former manifest, and where it is now.
 
     Its hashes are checked while it is read, and before what was written takes its name. Where they disagree, all checkpoints are hashed
@@ -147,7 +150,7 @@ def _convert(source: Path, target: Path, recipe: Recipe, progress: Callable[[flo
 
 
 def _convert_chosen(
-    source: Path, target: Path, recipe: Recipe, progress: Callable[[float], None], *, hashed: bool
+    source: Path, target: Path, recipe: AnyRecipe, progress: Callable[[float], None], *, hashed: bool
 ) -> tuple[CheckpointManifest, Path]:
     notes: list[str] = []
     manifest = choose(source, notes, hashed=_is_read if hashed else nothing, unpickled=nothing)
@@ -167,7 +170,9 @@ def _convert_chosen(
             _refuse_other_model(recipe, stored, folder)
             state = replace(TrainingState.read(folder), config=recipe.model_dump(mode="json"))
             verified = verifying.submit(files.verify, folder, nothing if hashed else _is_read)
-            return manifest, write_canonical(target, manifest.step, state, sources_of(stored), progress, verified.result)
+            with _under_way(folder) as sources:
+                sources |= sources_of(stored)
+                return manifest, write_canonical(target, manifest.step, state, sources, progress, verified.result)
     except Exception:
         if not hashed:
             files.verify(folder, _is_read)  # damage is the better explanation of what went wrong
@@ -178,13 +183,27 @@ def _is_read(_: int, entry: FileEntry, manifest: CheckpointManifest) -> bool:
     """All but the copies of the weights that no conversion looks at."""
     if not manifest.layout:
         return True
-    return entry.name == STATE or entry.name.startswith(PIECES) or entry.name.endswith(rank_file(manifest.layout["zero"]))
+    return entry.name.startswith((STATE, PIECES, CARRY)) or entry.name.endswith(rank_file(manifest.layout["zero"]))
 
 
-def _refuse_other_model(recipe: Recipe, stored: Stored, folder: Path) -> None:
-    model = build(recipe.architecture, device="meta")
+def _refuse_other_model(recipe: AnyRecipe, stored: Stored, folder: Path) -> None:
+    model: torch.nn.Module
+    if isinstance(recipe, PuzzleRecipe):
+        model = build_reasoner(recipe.architecture, device="meta")
+    else:
+        model = build(recipe.architecture, device="meta")
     found = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
     refuse_other_tensors(dict(model.named_parameters()), found, folder)
+
+
+@contextmanager
+def _under_way(folder: Path) -> Iterator[dict[str, Source]]:
+    """The puzzles under way of a checkpoint, by stem; nothing of one that has none."""
+    if holds(folder, CARRY):
+        with TensorFiles(folder, CARRY) as carried:
+            yield {CARRY: Source(carried.shapes, carried.read)}
+    else:
+        yield {}
 
 
 def sources_of(stored: Stored) -> dict[str, Source]:

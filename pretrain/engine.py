@@ -13,15 +13,17 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.pipe import PipelineModule
 from deepspeed.utils import groups, set_z3_leaf_modules
+from torch import nn
 
 from model.language_model import LanguageModel, build
 from model.layers import Layers, PlainLayers
 from model.roles import parameter_roles
 from pretrain import zero
-from pretrain.config import Recipe
+from pretrain.config import AnyRecipe, Recipe
 from pretrain.mesh import Mesh
-from pretrain.optimizer import build_optimizer
+from pretrain.optimizer import MuonAdamW, build_optimizer
 from pretrain.partition import Stage, partition
 
 
@@ -58,7 +60,7 @@ def stages_of(recipe: Recipe, mesh: Mesh) -> list[Stage]:
 
 
 def build_engine(recipe: Recipe, model: LanguageModel, accumulation: int, mesh: Mesh) -> Any:
-    """A DeepSpeed engine around the model, with the client optimizer fitted to its layout; a pipeline's module is a Stages."""
+    """A DeepSpeed engine around a language model; a pipeline's module is a Stages."""
     if recipe.layout.zero == 3 and model.refine is not None:
         set_z3_leaf_modules(model, [type(model.refine)])
     fused = any(parameter.is_cuda for parameter in model.parameters())
@@ -68,6 +70,14 @@ def build_engine(recipe: Recipe, model: LanguageModel, accumulation: int, mesh: 
         from pretrain.stages import Stages
 
         module = Stages(model, stages_of(recipe, mesh), mesh)
+    engine = start_engine(recipe, module, optimizer, accumulation, mesh)
+    if mesh.layout.pipeline > 1:
+        zero.reduce_tied_last(engine)
+    return engine
+
+
+def start_engine(recipe: AnyRecipe, module: nn.Module, optimizer: MuonAdamW, accumulation: int, mesh: Mesh) -> Any:
+    """A DeepSpeed engine around a module of either regime, with the client optimizer fitted to its layout."""
     groups.mpu = None  # DeepSpeed would go on with that of this process's last engine
     gc.freeze()  # for a bf16 optimizer DeepSpeed collects garbage 25 times: seconds, if all that was imported is looked at
     try:
@@ -81,18 +91,23 @@ def build_engine(recipe: Recipe, model: LanguageModel, accumulation: int, mesh: 
     finally:
         gc.unfreeze()
     zero.attach(engine, recipe.optimizer.clip, mesh)
-    if mesh.layout.pipeline > 1:
-        zero.reduce_tied_last(engine)
     return engine
 
 
-def language_model(engine: Any) -> LanguageModel:
-    """The model inside an engine, whole or one stage of it: canonical names, roles, configuration."""
+def model_of(engine: Any) -> nn.Module:
+    """The model inside an engine, of either regime, whole or one stage of it: its parameters have their canonical names."""
     module = engine.module
-    return module if isinstance(module, LanguageModel) else module.model
+    return module.model if isinstance(module, PipelineModule) else module
 
 
-def deepspeed_config(recipe: Recipe, accumulation: int) -> dict[str, Any]:
+def language_model(engine: Any) -> LanguageModel:
+    """The language model inside an engine, whole or one stage of it."""
+    model = model_of(engine)
+    assert isinstance(model, LanguageModel)
+    return model
+
+
+def deepspeed_config(recipe: AnyRecipe, accumulation: int) -> dict[str, Any]:
     """What DeepSpeed is told. The schedule, the loss scale of 1 and the loader are ours."""
     fp32_alone = recipe.train.precision == "fp32" and recipe.layout.zero == 0  # there the optimizer clips: see pretrain.zero
     config: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """The account of a run: tokens, FLOPs by part from what the solver was measured to do, and MFU against a stated peak.
 
-    FLOPs of a step = tokens of the step * model.cost.training_flops(evaluations, applications, products a sequence, as measured)
+    FLOPs of a step = tokens of the step * FLOPs a token(evaluations, applications, products a sequence, as measured)
     MFU = model FLOPs a second / (peak FLOP/s of one device * devices)
 
 Model FLOPs leave recomputation out, hardware FLOPs hold it (model/cost.py has the conventions). Totals are sums over steps,
@@ -9,11 +9,11 @@ kept in the checkpoint, so a resumed run's ledger is the one it would have had.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from model.config import ModelConfig
-from model.cost import Flops, Work, training_flops
+from model.cost import Flops, Work
 
 PARTS = tuple(Flops.__dataclass_fields__)
 
@@ -47,11 +47,11 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 @dataclass
 class Ledger:
-    """Totals of a run. `architecture` and `sequence_length` must not change during it."""
+    """Totals of a run."""
 
-    architecture: ModelConfig
+    a_token: Callable[[Work], Flops]
+    """What a token of training costs where a sequence takes so much work (model.cost.training_flops); must not change during the run."""
     sequence_length: int
-    recompute: bool = False
     tokens: int = 0
     evaluations: float = 0.0
     """Sequence-evaluations of f without gradients: in solves, and in a loop's first iterations."""
@@ -59,8 +59,7 @@ class Ledger:
 
     def step(self, tokens: int, work: Work) -> Flops:
         """Enters one step of `tokens` tokens whose sequences took so much work, as measured; its FLOPs by part."""
-        a_token = training_flops(self.architecture, self.sequence_length, work, recompute=self.recompute)
-        spent = Flops(**{part: tokens * value for part, value in asdict(a_token).items()})
+        spent = Flops(**{part: tokens * value for part, value in asdict(self.a_token(work)).items()})
         self.tokens += tokens
         self.evaluations += work.evaluations * tokens / self.sequence_length
         for part, value in asdict(spent).items():

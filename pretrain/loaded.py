@@ -12,16 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from data_pipeline.token_bytes import tokenizer_file
 from model.config import ModelConfig
 from model.cost import count_parameters
 from model.language_model import LanguageModel, build
 from pretrain.canonical import AVERAGE, WEIGHTS
-from pretrain.config import Recipe
+from pretrain.config import AnyRecipe, Recipe, read_recipe
 from pretrain.errors import Refusal
 from pretrain.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 from pretrain.runtime import device_of
@@ -29,6 +30,8 @@ from pretrain.tensor_files import TensorFiles, holds
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+Built = TypeVar("Built", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,33 +94,59 @@ def load_model(path: Path, *, device: torch.device | None = None, dtype: torch.d
 
 def load_run(run: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> LoadedRun:
     """The model of a run's newest whole checkpoint. Raises Refusal."""
-    from pretrain import checkpoint_files as files
-    from pretrain.checkpoint_choice import newest_whole
-
     recipe = recipe_of(run)
-    folder = newest_whole(run / CHECKPOINTS)
-    stem = AVERAGE if holds(folder, AVERAGE) else WEIGHTS
-    device = device or device_of(recipe.train.device if recipe.train.device == "cpu" else "auto")
-    dtype = dtype or (torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    model = load_weights(recipe.architecture, folder, stem, device, dtype)
+    found = newest_weights(run, recipe, device, dtype)
     return LoadedRun(
         path=run,
-        model=model,
-        device=device,
-        which=f"{stem}.safetensors",
+        model=load_weights(recipe.architecture, found.folder, found.stem, found.device, found.dtype),
+        device=found.device,
+        which=f"{found.stem}.safetensors",
         find_tokenizer=partial(tokenizer_of, run, recipe),
         sequence_length=recipe.data.sequence_length or 0,
-        step=files.step_of(folder.name),
+        step=found.step,
         recipe=recipe,
     )
 
 
+class Weights(NamedTuple):
+    """Which weights of a run are used: FOLDER/STEM of the checkpoint of `step`, where, and in what precision."""
+
+    folder: Path
+    stem: str
+    step: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def newest_weights(run: Path, recipe: AnyRecipe, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Weights:
+    """Those of the newest whole checkpoint, of either regime, as the recipe trained unless another device or precision is given. Raises
+    Refusal where there is none.
+    """
+    from pretrain import checkpoint_files as files
+    from pretrain.checkpoint_choice import newest_whole
+
+    folder = newest_whole(run / CHECKPOINTS)
+    stem = AVERAGE if holds(folder, AVERAGE) else WEIGHTS
+    device = device or device_of(recipe.train.device if recipe.train.device == "cpu" else "auto")
+    dtype = dtype or (torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    return Weights(folder, stem, files.step_of(folder.name), device, dtype)
+
+
 def recipe_of(run: Path) -> Recipe:
-    """The resolved recipe of a run folder. Raises Refusal for a folder that holds no run."""
+    """The resolved recipe of a language model's run folder. Raises Refusal for a folder that holds no such run."""
+    return Recipe.from_yaml(_stored_recipe(run), str(run / CONFIG))
+
+
+def any_recipe_of(run: Path) -> AnyRecipe:
+    """The resolved recipe of a run folder of either regime. Raises Refusal for a folder that holds no run."""
+    return read_recipe(_stored_recipe(run), str(run / CONFIG))
+
+
+def _stored_recipe(run: Path) -> str:
     config = run / CONFIG
     if not config.is_file():
         raise Refusal(f"There is no run in {run}: it has no {CONFIG}. Give the folder that `attractor train` wrote (run.dir).")
-    return Recipe.from_yaml(config.read_text(encoding="utf-8"), str(config))
+    return config.read_text(encoding="utf-8")
 
 
 def tokenizer_of(run: Path, recipe: Recipe) -> Path:
@@ -141,9 +170,17 @@ def refuse_misfit(tokenizer: Tokenizer, rows: int, where: object) -> None:
 
 def load_weights(architecture: ModelConfig, folder: Path, stem: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """The model of that architecture with the tensors of FOLDER/STEM, in eval mode. Raises Refusal for tensors that are not its own."""
+    numbers = count_parameters(architecture).total
+    return read_weights(lambda: build(architecture, device="meta"), numbers, folder, stem, device, dtype)
+
+
+def read_weights(made: Callable[[], Built], numbers: int, folder: Path, stem: str, device: torch.device, dtype: torch.dtype) -> Built:
+    """What `made` makes on the meta device, of so many parameters, with the tensors of FOLDER/STEM, in eval mode. Raises Refusal for
+    tensors that are not its own.
+    """
     with TensorFiles(folder, stem) as tensors:
-        refuse_larger(architecture, tensors.shapes, folder)
-        model = build(architecture, device="meta")
+        _refuse_more(numbers, tensors.shapes, folder)
+        model = made()
         refuse_other_tensors(dict(model.named_parameters()), tensors.shapes, folder)
         state = {name: tensors.read(name).to(device, dtype) for name in tensors.shapes}
     model.load_state_dict(state, assign=True)
@@ -152,7 +189,11 @@ def load_weights(architecture: ModelConfig, folder: Path, stem: str, device: tor
 
 def refuse_larger(architecture: ModelConfig, found: Mapping[str, torch.Tensor], where: Path) -> None:
     """Raises Refusal for a model of more than twice the size found: a configuration of any size is refused before its model is built."""
-    wanted, there = count_parameters(architecture).total, sum(tensor.numel() for tensor in found.values())
+    _refuse_more(count_parameters(architecture).total, found, where)
+
+
+def _refuse_more(wanted: int, found: Mapping[str, torch.Tensor], where: Path) -> None:
+    there = sum(tensor.numel() for tensor in found.values())
     if wanted > 2 * there:
         raise Refusal(
             f"The weights in {where} hold {there:,} numbers, and the model that its configuration describes has {wanted:,}. They are not "

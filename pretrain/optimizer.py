@@ -1,4 +1,4 @@
-"""The optimizer: parameter groups by module role, and one torch optimizer that runs AdamW and Muon side by side.
+"""The optimizer: parameter groups by module role, and one torch optimizer that runs AdamW, Muon and sign-SGD side by side.
 
 | role | update | learning rate | weight decay |
 |---|---|---|---|
@@ -10,6 +10,7 @@
 | embeddings, value embeddings, untied head | adamw | lr * embedding_lr_scale | 0 |
 
 An untied head takes the rule of the table it would be tied to, so that untying changes one thing.
+A reasoner has two groups: its puzzle embeddings, stepped by sign (`puzzle_groups`), and all else, AdamW with one decay for everything.
 `MuonAdamW` is made before `deepspeed.initialize`, over the model's own parameters, and given to it as client optimizer.
 DeepSpeed then replaces each group's parameters by this rank's flat fp32 partition, and calls `step` once a group (ZeRO 1,
 2), once a sub-group (ZeRO 3) or once (ZeRO 0, and bf16 ZeRO 1), with gradients that are already reduced, clipped by their
@@ -33,10 +34,12 @@ from pretrain.muon import MatrixPieces, apply_update, momentum_mix, orthogonalis
 from pretrain.schedule import learning_rate_scale, weight_decay_scale
 
 if TYPE_CHECKING:
+    from pretrain.reasoning.sections import PuzzleOptimizerSection
     from pretrain.sections import OptimizerSection, ScheduleSection
 
 ADAMW = "adamw"
 MUON = "muon"
+SIGN = "sign"
 
 
 def _rule(role: Role, settings: OptimizerSection) -> tuple[str, float, float]:
@@ -55,6 +58,8 @@ def _rule(role: Role, settings: OptimizerSection) -> tuple[str, float, float]:
             return ADAMW, attractor_lr, 0.0
         case Role.EMBEDDING | Role.VALUE_EMBEDDING | Role.HEAD:
             return ADAMW, settings.lr * settings.embedding_lr_scale, 0.0
+        case Role.PUZZLE_EMBEDDING:
+            raise ValueError("A puzzle embedding belongs to a reasoner, whose groups are those of puzzle_groups.")
 
 
 def parameter_groups(model: nn.Module, roles: Mapping[str, Role], settings: OptimizerSection) -> list[dict[str, Any]]:
@@ -74,18 +79,35 @@ def parameter_groups(model: nn.Module, roles: Mapping[str, Role], settings: Opti
             continue
         update, lr, weight_decay = _rule(role, settings)
         group = {"params": parameters, "name": role.value, "update": update, "betas": tuple(settings.betas), "eps": settings.eps}
-        group |= {"lr": lr, "initial_lr": lr, "weight_decay": weight_decay, "initial_weight_decay": weight_decay}
+        group |= _rates(lr, weight_decay)
         if update == MUON:
             group |= {"muon_momentum": settings.muon_momentum, "muon_steps": settings.muon_steps}
         groups.append(group)
     return groups
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """AdamW for groups with update "adamw", Muon for groups with update "muon"; the gradients of a step are used up.
+def puzzle_groups(model: nn.Module, roles: Mapping[str, Role], settings: PuzzleOptimizerSection) -> list[dict[str, Any]]:
+    """AdamW of everything (published: all of it decays, at the same rate), and sign-SGD of the puzzle embeddings where there are some."""
+    sides: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        sides[roles[name] is Role.PUZZLE_EMBEDDING].append(parameter)
+    adamw_rule = {"update": ADAMW, "betas": tuple(settings.betas), "eps": settings.eps}
+    groups = [{"params": sides[False], "name": "network", **adamw_rule, **_rates(settings.lr, settings.weight_decay)}]
+    if sides[True]:
+        rates = _rates(settings.puzzle_lr, settings.puzzle_weight_decay)
+        groups.append({"params": sides[True], "name": Role.PUZZLE_EMBEDDING.value, "update": SIGN, **rates})
+    return groups
 
-    State by parameter (or partition), all fp32: `step`, `exp_avg` and `exp_avg_sq` for AdamW, `momentum_buffer` for Muon;
-    with `ema` also `ema`, the average of the weights (see ema.py). Shaped like the parameter, so sharded, saved and
+
+def _rates(lr: float, weight_decay: float) -> dict[str, float]:
+    return {"lr": lr, "initial_lr": lr, "weight_decay": weight_decay, "initial_weight_decay": weight_decay}
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """AdamW for groups with update "adamw", Muon for "muon", sign-SGD for "sign"; the gradients of a step are used up.
+
+    State by parameter (or partition), all fp32: `step`, `exp_avg` and `exp_avg_sq` for AdamW, `momentum_buffer` for Muon, nothing for
+    sign-SGD; with `ema` also `ema`, the average of the weights (see ema.py). Shaped like the parameter, so sharded, saved and
     restored with it. fused: torch's fused AdamW kernel, meant for accelerators.
     orthogonalise_dtype: of the Newton-Schulz products; None takes bf16 on an accelerator and fp32 on the CPU.
     """
@@ -134,6 +156,8 @@ class MuonAdamW(torch.optim.Optimizer):
             self.make_state(live, group)
             if group["update"] == MUON:
                 self._muon_step(live, group)
+            elif group["update"] == SIGN:
+                sign_step(live, group["lr"], group["weight_decay"])
             else:
                 self._adamw_step(live, group)
             if self.ema is not None:
@@ -156,7 +180,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 continue
             if group["update"] == MUON:
                 state["momentum_buffer"] = torch.zeros_like(p)
-            else:
+            elif group["update"] == ADAMW:
                 state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
@@ -196,9 +220,30 @@ class MuonAdamW(torch.optim.Optimizer):
         return orthogonalised(mixes, steps, dtype)
 
 
+@torch.no_grad()
+def sign_step(parameters: list[Tensor], lr: float, weight_decay: float) -> None:
+    """p <- p (1 - lr decay [g != 0]) - lr sign(g), by element.
+
+    The published optimizer adds up the gradients of each puzzle's own row and steps the rows that occur in the batch. A row that does not
+    occur has gradient 0 here and stays as it is, so the two agree but for an element of a row in use whose gradient is exactly 0, which
+    the published one decays. By element, so a flat partition with its padding of zeros is stepped right.
+    """
+    for p in parameters:
+        assert p.grad is not None
+        sign = p.grad.sign()
+        p.addcmul_(p, sign.abs(), value=-lr * weight_decay).add_(sign, alpha=-lr)
+
+
 def build_optimizer(model: nn.Module, roles: Mapping[str, Role], settings: OptimizerSection, *, fused: bool = False) -> MuonAdamW:
     """The optimizer of a recipe's `optimizer` section, over the model's own parameters: give it to `deepspeed.initialize`."""
     return MuonAdamW(parameter_groups(model, roles, settings), ema=settings.ema, fused=fused)
+
+
+def build_puzzle_optimizer(
+    model: nn.Module, roles: Mapping[str, Role], settings: PuzzleOptimizerSection, *, fused: bool = False
+) -> MuonAdamW:
+    """That of a puzzle recipe's `optimizer` section, likewise; `roles` is of model.reasoning.roles."""
+    return MuonAdamW(puzzle_groups(model, roles, settings), ema=settings.ema, fused=fused)
 
 
 def apply_schedule(optimizer: torch.optim.Optimizer, tokens_done: int, schedule: ScheduleSection, total_tokens: int) -> float:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pretrain.errors import Refusal
 from pretrain.rendezvous import meet
-from pretrain.sections import TrainSection
+from pretrain.sections import SharedTrainSection
 
 _COLLECTIVES_WAIT = 2.0
 """Times train.hang_timeout."""
@@ -35,7 +35,7 @@ def device_of(wanted: str) -> torch.device:
 
 
 @contextmanager
-def process_group(settings: TrainSection) -> Iterator[torch.device]:
+def process_group(settings: SharedTrainSection) -> Iterator[torch.device]:
     """This rank's device, inside a process group (of one, if need be) that ends with the context.
 
     The rank is read from the environment, which pretrain.train completes. Ranks wait train.hang_timeout for each other at the start. A

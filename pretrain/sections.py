@@ -48,9 +48,9 @@ class DataSection(Section):
     """Keep attention inside documents."""
 
 
-class TrainSection(Section):
-    tokens: Positive
-    """Token budget of the whole run. Steps = floor(tokens / (global_batch * sequence_length))."""
+class SharedTrainSection(Section):
+    """What every run is told of its training, whatever it trains on."""
+
     seed: int = Field(default=0, ge=0)
     """Of initial weights, data order and noise."""
     micro_batch: Positive = 8
@@ -61,8 +61,6 @@ class TrainSection(Section):
     """Of matrix products; weights, optimizer and solver state stay fp32."""
     compile: bool = False
     """torch.compile of the backbone blocks and of the attractor's map."""
-    recompute: bool = False
-    """Recompute blocks in backward in place of keeping their activations."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     nonfinite_limit: Positive = 10
@@ -76,6 +74,13 @@ class TrainSection(Section):
     Below the 600 after which NCCL aborts by itself, without a word on where anyone stood."""
     check_every: Annotated[int, Field(ge=0)] = 1000
     """Steps between checks that all copies of every tensor are equal and finite (the first three steps always have one); 0: never."""
+
+
+class TrainSection(SharedTrainSection):
+    recompute: bool = False
+    """Recompute blocks in backward in place of keeping their activations."""
+    tokens: Positive
+    """Token budget of the whole run. Steps = floor(tokens / (global_batch * sequence_length))."""
 
 
 class OptimizerSection(Section):

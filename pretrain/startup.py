@@ -82,8 +82,12 @@ def versions() -> dict[str, str]:
 
 
 def keys(recipe_yaml: str) -> dict[str, str]:
-    """The recipe's values by dotted key. How the text is laid out makes no difference."""
-    return {f"{section}.{key}": str(value) for section, settings in yaml.safe_load(recipe_yaml).items() for key, value in settings.items()}
+    """The recipe's values by dotted key (its regime by one of its own). How the text is laid out makes no difference."""
+    found: dict[str, str] = {}
+    for section, settings in yaml.safe_load(recipe_yaml).items():
+        values = {f".{key}": value for key, value in settings.items()} if isinstance(settings, dict) else {"": settings}
+        found |= {f"{section}{key}": str(value) for key, value in values.items()}
+    return found
 
 
 def device() -> str:

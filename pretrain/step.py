@@ -64,7 +64,7 @@ def train_step(
     run = _pipelined if mesh.layout.pipeline > 1 else _in_turn
     rows = [_row(loss, targets, record, stop_requested) for loss, targets, record in run(engine, batches, accumulation, mask_documents)]
     own = torch.stack(rows) if rows else _no_rows(accumulation, engine.device, stop_requested)
-    by_rank = _over_ranks(own)
+    by_rank = over_ranks(own)
     table = [row for teller in mesh.tellers for row in by_rank[teller]]
     column = dict(zip(_COLUMNS, zip(*table, strict=True), strict=True))
     solver = {name: sum(column[name]) / len(table) for name in _MEANS} | {"solver_residual": max(column["solver_residual"])}
@@ -97,10 +97,10 @@ def _pipelined(engine: Any, batches: Iterator[Batch], accumulation: int, mask_do
 def _row(loss: Tensor, targets: Tensor, record: dict[str, Tensor], stop: bool) -> Tensor:
     predicted = (targets != IGNORE).sum()
     values: dict[str, Any] = {"nll": record.get("cross_entropy", loss) * predicted, "predicted": predicted, "stop": stop, **record}
-    return torch.stack([_scalar(values.get(name, 0), loss.device) for name in _COLUMNS])
+    return torch.stack([scalar(values.get(name, 0), loss.device) for name in _COLUMNS])
 
 
-def _scalar(value: Any, device: torch.device) -> Tensor:
+def scalar(value: Any, device: torch.device) -> Tensor:
     """In fp64 on the device. What lies on the host is filled in: a copy would wait for the device."""
     if isinstance(value, Tensor) and value.device == device:
         return value.double()
@@ -114,7 +114,7 @@ def _no_rows(accumulation: int, device: torch.device, stop: bool) -> Tensor:
     return rows
 
 
-def _over_ranks(rows: Tensor) -> list[list[list[float]]]:
+def over_ranks(rows: Tensor) -> list[list[list[float]]]:
     """The rows of every rank, by rank, read back to the host."""
     if world_size() == 1:
         return [rows.tolist()]

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.errors import Refusal
-from pretrain.keys import KEYS, fit, unknown
+from pretrain.keys import Schema
 
 Settings = dict[str, Any]
 """What a member sets: values by dotted key."""
@@ -24,12 +24,12 @@ Settings = dict[str, Any]
 _ITS_OWN = ("run.dir", "run.name")
 
 
-def parse_sweep(value: Any, origin: str) -> list[Settings]:
-    """The members that the `sweep:` written in `origin` makes, in order. Raises Refusal."""
+def parse_sweep(value: Any, origin: str, schema: Schema) -> list[Settings]:
+    """The members that the `sweep:` written in `origin` makes, in order, of keys of `schema`. Raises Refusal."""
     if isinstance(value, Mapping) and value:
-        return product(value, origin)
+        return product(value, origin, schema)
     if isinstance(value, list) and value and all(isinstance(member, Mapping) and member for member in value):
-        members = [{str(key): _fitted(str(key), setting, origin) for key, setting in member.items()} for member in value]
+        members = [{str(key): _fitted(str(key), setting, origin, schema) for key, setting in member.items()} for member in value]
         for member in members:
             if member.keys() != members[0].keys():
                 raise Refusal(
@@ -43,12 +43,12 @@ def parse_sweep(value: Any, origin: str) -> list[Settings]:
     )
 
 
-def product(axes: Mapping[str, Any], origin: str) -> list[Settings]:
+def product(axes: Mapping[str, Any], origin: str, schema: Schema) -> list[Settings]:
     """Every value of every key with every value of the others; the last key varies fastest. Raises Refusal."""
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
             raise Refusal(f"The sweep in {origin} gives {key} no list of values: write {key}: [VALUE, VALUE, ...].")
-    lists = [[_fitted(str(key), value, origin) for value in values] for key, values in axes.items()]
+    lists = [[_fitted(str(key), value, origin, schema) for value in values] for key, values in axes.items()]
     return distinct([dict(zip(map(str, axes), values, strict=True)) for values in itertools.product(*lists)], origin)
 
 
@@ -61,9 +61,9 @@ def distinct(members: list[Settings], origin: str) -> list[Settings]:
     return members
 
 
-def _fitted(key: str, value: Any, origin: str) -> Any:
-    if key not in KEYS:
-        raise unknown(key, origin)
+def _fitted(key: str, value: Any, origin: str, schema: Schema) -> Any:
+    if key not in schema.keys:
+        raise schema.unknown(key, origin)
     if key in _ITS_OWN:
         raise Refusal(f"The sweep in {origin} varies {key}, which every member is given by itself: leave it out (--out names the folder).")
-    return fit(key, value)
+    return schema.fit(key, value)

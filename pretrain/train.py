@@ -41,9 +41,9 @@ def prepare_environment(local_rank: int | None = None) -> None:
 
 def run(recipe: str, overrides: Sequence[str], resume: bool, local_rank: int | None = None) -> None:
     """Trains the recipe as the rank that the environment names. Raises Refusal and RunStopped."""
-    from pretrain.config import load_recipe
+    from pretrain.config import load_any
 
-    resolved = load_recipe(recipe, overrides)
+    resolved = load_any(recipe, overrides)
     prepare_environment(local_rank)
     from pretrain.trainer import train
 

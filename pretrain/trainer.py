@@ -10,26 +10,27 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_pipeline import Batch
-from pretrain.config import Recipe
+from pretrain.config import AnyRecipe, PuzzleRecipe
 from pretrain.errors import NON_FINITE, SIGNALLED, RunStopped
 from pretrain.layout import as_dict, layout_on
 from pretrain.mesh import Mesh, connect
-from pretrain.run_data import RunData, open_data, resolve, tokenizer_text
+from pretrain.regime import Regime, Stepped
 from pretrain.runtime import process_group
 from pretrain.watchdog import Watchdog
 
 
-def train(recipe: Recipe, resume: bool) -> None:
+def train(recipe: AnyRecipe, resume: bool) -> None:
     """Trains the recipe as this process's rank. Raises Refusal and RunStopped."""
-    recipe = resolve(recipe)
+    run_data = _module(recipe, "run_data")
+    recipe = run_data.resolve(recipe)
     with process_group(recipe.train) as device:  # before anything that imports deepspeed
         from pretrain.agreement import rank, world_size
         from pretrain.run_folder import RunFolder
@@ -40,56 +41,48 @@ def train(recipe: Recipe, resume: bool) -> None:
             layout = layout_on(recipe.layout, world_size())
             accumulation = recipe.check_world(layout.data)
             mesh = connect(layout, device)
-            data = open_data(recipe, mesh)  # what does not fit is refused before the folder is touched
+            data = run_data.open_data(recipe, mesh)  # what does not fit is refused before the folder is touched
             watchdog.beat("data opened")
             folder = RunFolder.open(Path(recipe.run.dir), resume=resume)
             try:
-                _Run(recipe, folder, device, mesh, accumulation, data, resume, watchdog).train()
+                regime = _module(recipe, "regime").open_regime(recipe, device, mesh, accumulation, data)
+                watchdog.beat("engine built")
+                _Run(recipe, regime, folder, device, mesh, resume, watchdog).train()
             finally:
                 folder.close()
+
+
+def _module(recipe: AnyRecipe, name: str) -> Any:
+    """The recipe's regime's own `run_data` (resolve, open_data) or `regime` (open_regime); the latter imports deepspeed."""
+    if isinstance(recipe, PuzzleRecipe):
+        return import_module(f"pretrain.reasoning.{name}")
+    return import_module({"run_data": "pretrain.run_data", "regime": "pretrain.language"}[name])
 
 
 class _Run:
     """The parts of a running run. `train` is the loop; the rest is what it does at each turn."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        folder: Any,
-        device: torch.device,
-        mesh: Mesh,
-        accumulation: int,
-        data: RunData,
-        resume: bool,
-        watchdog: Watchdog,
+        self, recipe: AnyRecipe, regime: Regime, folder: Any, device: torch.device, mesh: Mesh, resume: bool, watchdog: Watchdog
     ) -> None:
         from pretrain.agreement import rank, world_size
-        from pretrain.engine import build_engine, build_model
-        from pretrain.evaluate import text_bytes_of
-        from pretrain.ledger import Ledger, peak_flops
+        from pretrain.ledger import peak_flops
         from pretrain.progress import Progress
         from pretrain.telemetry import Telemetry
 
-        self.recipe, self.folder, self.device, self.mesh, self.accumulation = recipe, folder, device, mesh, accumulation
-        self.watchdog = watchdog
-        self.length = recipe.data.sequence_length or 0
-        self.step_tokens = recipe.train.global_batch * self.length
-        self.total_steps = recipe.steps(self.length)
+        self.recipe, self.regime, self.folder, self.device, self.mesh = recipe, regime, folder, device, mesh
+        self.watchdog, self.engine, self.ledger = watchdog, regime.engine, regime.ledger
+        self.step_tokens, self.total_steps = regime.step_tokens, regime.total_steps
         self.total_tokens = self.total_steps * self.step_tokens
-        self.loader, self.validation = data
-        self.text_bytes = text_bytes_of(recipe, device)
-        self.engine = build_engine(recipe, build_model(recipe, device, mesh), accumulation, mesh)
         torch.manual_seed(recipe.train.seed * world_size() + rank())  # noise of penalties differs by rank; weights are made
-        self.ledger = Ledger(recipe.architecture, self.length, recipe.train.recompute)
         self.peak = recipe.train.peak_flops or self._known_peak(peak_flops)
         self.step, self.skipped, self.skipped_in_a_row, self.seconds = 0, 0, 0, 0.0
         self.since_record: list[float] = []  # seconds of each step
-        watchdog.beat("engine built")
         self.notes: list[str] = []  # of what was resumed
         state = self._resume() if resume else None
         watchdog.beat("checkpoint loaded")
         self.first_step = self.step
-        folder.begin(recipe.to_yaml(), sys.argv, step=self.step, tokenizer=tokenizer_text(recipe), notes=self.notes)
+        folder.begin(recipe.to_yaml(), sys.argv, step=self.step, tokenizer=regime.tokenizer(), notes=self.notes)
         self.last_record, self.last_evaluation = folder.metrics.last(), folder.evaluations.last()
         self.telemetry = Telemetry(
             folder,
@@ -112,10 +105,10 @@ class _Run:
             return None
         return lookup(torch.cuda.get_device_name(self.device), self.recipe.train.precision)
 
-    def _resume(self) -> dict[str, Any]:
+    def _resume(self) -> Mapping[str, Any]:
         """Takes the newest whole checkpoint; the telemetry's state in it."""
         from pretrain.checkpoint import load_latest
-        from pretrain.probe import refuse_other_probe
+        from pretrain.checkpoint_files import step_name
         from pretrain.zero_pieces import pieces_of
 
         config = self.recipe.model_dump(mode="json")
@@ -123,13 +116,12 @@ class _Run:
         if resumed is None:
             return {}
         state = resumed.state
-        self.step, self.notes = resumed.step, resumed.notes
+        self.step = resumed.step
         if state.loader:  # an import has been trained on nothing yet
-            self.loader.load_state_dict(state.loader)
             self.ledger.load_state_dict(state.ledger)
             self.skipped, self.skipped_in_a_row = state.counters["skipped"], state.counters["skipped_in_a_row"]
             self.seconds = state.counters["seconds"]
-        refuse_other_probe(self.engine, self.recipe, self.device, self.mesh, resumed, self.folder.checkpoints)
+        self.notes = resumed.notes + self.regime.resume(resumed, self.folder.checkpoints / step_name(resumed.step))
         return state.telemetry
 
     def train(self) -> None:
@@ -137,11 +129,10 @@ class _Run:
 
         if self.step == self.total_steps:
             self.progress.note(f"All {self.total_steps} steps of the run in {self.folder.path} are done: nothing is left to train.")
-        batches = self._watched(self.loader, "micro-batch")
         try:
             with StopRequest() as stop:
                 while self.step < self.total_steps:
-                    stopped = self._one_step(batches, stop.requested)
+                    stopped = self._one_step(stop.requested)
                     last = self.step == self.total_steps
                     if last or self.step % self.recipe.evaluation.every == 0:
                         self._evaluate()
@@ -156,27 +147,21 @@ class _Run:
             self._write_summary()
             self.telemetry.close()
 
-    def _one_step(self, batches: Iterator[Any], stop_requested: bool) -> bool:
+    def _one_step(self, stop_requested: bool) -> bool:
         """One step of training, entered in the ledger and, at its turn, in the record; whether a rank was asked to stop."""
-        from model.cost import Work
-        from pretrain.engine import language_model
+        from pretrain.engine import model_of
         from pretrain.invariants import check, due
         from pretrain.optimizer import apply_schedule
-        from pretrain.step import train_step
         from pretrain.zero import client_optimizer
 
         recipe, started = self.recipe, time.perf_counter()
-        scale = apply_schedule(client_optimizer(self.engine), self.tokens, recipe.schedule, self.total_tokens)
-        result = train_step(
-            self.engine, batches, self.accumulation, self.mesh, mask_documents=recipe.data.mask_documents, stop_requested=stop_requested
-        )
+        scale = apply_schedule(client_optimizer(self.engine), self.tokens, self.regime.schedule, self.total_tokens)
+        result = self.regime.step(number=self.step, stop_requested=stop_requested, beat=self.watchdog.beat)
         self.step += 1
         self.watchdog.beat(f"step {self.step}")
-        self.since_record.append(time.perf_counter() - started)  # train_step has read its numbers back, so the device is done
+        self.since_record.append(time.perf_counter() - started)  # the step has read its numbers back, so the device is done
         self.seconds += self.since_record[-1]
-        solver = result.solver or {}
-        work = Work(solver.get("solver_evaluations", 0.0), solver.get("applications", 0.0), solver.get("products", 0.0))
-        spent = self.ledger.step(self.step_tokens, work)
+        spent = self.ledger.step(self.step_tokens, result.work)
         self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
         self.skipped += not result.applied
         if self.step % recipe.train.log_every == 0 or self.step == self.total_steps or not result.applied:
@@ -184,19 +169,19 @@ class _Run:
             self.since_record.clear()
         self._stop_if_diverged()
         if due(self.step, recipe.train.check_every, self.first_step):
-            check(language_model(self.engine).named_parameters(), self.mesh, {"solver iterations": result.own_iterations})
+            check(model_of(self.engine).named_parameters(), self.mesh, {"solver iterations": result.own_iterations})
         return result.stop
 
     def _stop_if_diverged(self) -> None:
         if self.skipped_in_a_row >= self.recipe.train.nonfinite_limit:
             raise RunStopped(
                 f"The gradients were not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step}; these steps changed "
-                f"nothing, but training has diverged. Start another run (run.dir) with a lower optimizer.lr or optimizer.muon_lr; --resume "
+                f"nothing, but training has diverged. Start another run (run.dir) with a lower {self.regime.rate_keys}; --resume "
                 f"goes back to the last checkpoint of this one, as it was. train.nonfinite_limit sets how many such steps are borne.",
                 NON_FINITE,
             )
 
-    def _record(self, result: Any, spent: Any, step_seconds: float, scale: float) -> None:
+    def _record(self, result: Stepped, spent: Any, step_seconds: float, scale: float) -> None:
         from pretrain.agreement import world_size
 
         model_rate = spent.model / step_seconds
@@ -212,7 +197,7 @@ class _Run:
             "flops_step": spent.hardware,
             "flops_total": self.ledger.total.hardware,
             "flops_parts": asdict(spent),
-            **(result.solver or {}),
+            **result.measured,
             "memory_bytes": peak_memory(self.device),
             "skipped_steps": self.skipped,
         }
@@ -224,36 +209,22 @@ class _Run:
 
     def _evaluate(self) -> None:
         from pretrain.ema import averaged_weights
-        from pretrain.evaluate import evaluate
-
-        def run() -> dict[str, Any]:
-            depths, mask = self.recipe.evaluation.iterations, self.recipe.data.mask_documents
-            batches = self._watched(self.validation, "validation batch")
-            return evaluate(self.engine, batches, depths, self.device, self.mesh, mask_documents=mask, text_bytes=self.text_bytes)
 
         self.engine.eval()
         try:
             if self.recipe.optimizer.ema is None:
-                report = run()
+                report = self.regime.evaluate(self.watchdog.beat)
             else:
                 with averaged_weights(self.engine):
-                    report = run()
+                    report = self.regime.evaluate(self.watchdog.beat)
         finally:
             self.engine.train()
-        self.last_evaluation = {**report, "step": self.step, "tokens": self.tokens, "predicted_tokens": report["tokens"]}
+        self.last_evaluation = {**report, "step": self.step, "tokens": self.tokens}
         self.telemetry.evaluation(self.last_evaluation)
-        losses = "  ".join(f"{depth}: {loss:.4f}" for depth, loss in report["loss"].items())
-        self.progress.note(f"validation at step {self.step}  {losses if 'iterations' in report else f'loss {losses[3:]}'}")
-
-    def _watched(self, batches: Iterable[Batch], doing: str) -> Iterator[Batch]:
-        """The batches; each one taken is progress."""
-        for number, batch in enumerate(batches, 1):
-            self.watchdog.beat(f"{doing} {number} (after step {self.step})")
-            yield batch
+        self.progress.note(f"validation at step {self.step}  {self.regime.in_words(report)}")
 
     def _save(self) -> None:
         from pretrain.checkpoint import save
-        from pretrain.probe import probe_loss
         from pretrain.training_state import TrainingState
         from pretrain.weights import weight_files
         from pretrain.zero_pieces import pieces_of
@@ -262,10 +233,10 @@ class _Run:
             tokens=self.tokens,
             config=self.recipe.model_dump(mode="json"),
             ledger=self.ledger.state_dict(),
-            loader=self.loader.state_dict(),
+            loader=self.regime.position(),
             counters={"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "seconds": self.seconds},
             telemetry=self.telemetry.state_dict(),
-            probe_loss=probe_loss(self.engine, self.recipe, self.device, self.mesh),
+            probe_loss=self.regime.probe(),
         )
         save(
             self.engine,
@@ -273,7 +244,7 @@ class _Run:
             self.step,
             state,
             keep=self.recipe.checkpoint.keep,
-            weights=weight_files(self.engine, self.mesh),
+            weights={**weight_files(self.engine, self.mesh), **self.regime.tensors()},
             pieces=pieces_of(self.engine, self.mesh),
         )
 
@@ -288,17 +259,12 @@ class _Run:
                 "seconds": self.seconds,
                 "layout": as_dict(self.mesh.layout, zero=self.recipe.layout.zero),
                 "flops": {"total": total.hardware, "model": total.model, **asdict(total)},
-                "parameters": asdict(self._parameters()),
+                "parameters": asdict(self.regime.parameters()),
                 "skipped_steps": self.skipped,
                 "metrics": self.last_record,
                 "evaluation": self.last_evaluation,
             }
         )
-
-    def _parameters(self) -> Any:
-        from model.cost import count_parameters
-
-        return count_parameters(self.recipe.architecture)
 
 
 def peak_memory(device: torch.device) -> int:

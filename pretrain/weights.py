@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.language_model import LanguageModel
 from pretrain.agreement import rank
 from pretrain.canonical import AVERAGE, WEIGHTS
 from pretrain.ema import averaged_weights
-from pretrain.engine import language_model
+from pretrain.engine import model_of
 from pretrain.mesh import Mesh
 from pretrain.zero import client_optimizer
 
@@ -29,7 +28,7 @@ def gather_weights(engine: Any, mesh: Mesh) -> dict[str, Tensor]:
     Collective, a parameter at a time: ZeRO 3's shares over the data ranks, shards over the tensor ranks, and a stage's to rank 0.
     """
     weights = {}
-    model = language_model(engine)
+    model = model_of(engine)
     holders = _holders(engine, model, mesh)
     for name, parameter in model.named_parameters():
         value: Tensor | None = None
@@ -42,7 +41,7 @@ def gather_weights(engine: Any, mesh: Mesh) -> dict[str, Tensor]:
     return weights
 
 
-def _holders(engine: Any, model: LanguageModel, mesh: Mesh) -> dict[str, int]:
+def _holders(engine: Any, model: Any, mesh: Mesh) -> dict[str, int]:
     """The first stage that holds each parameter."""
     if mesh.layout.pipeline == 1:
         return {name: 0 for name, _ in model.named_parameters()}
@@ -61,7 +60,7 @@ def _unsharded(parameter: Tensor, mesh: Mesh) -> Tensor:
     return torch.cat(parts, dim=parameter.partition_dim)  # type: ignore[attr-defined]
 
 
-def _to_rank_0(value: Tensor | None, parameter: Tensor, model: LanguageModel, holder: int, mesh: Mesh) -> Tensor | None:
+def _to_rank_0(value: Tensor | None, parameter: Tensor, model: Any, holder: int, mesh: Mesh) -> Tensor | None:
     """The value on rank 0, from the first rank of the stage that holds it."""
     source = mesh.layout.rank(holder, 0, 0)
     if mesh.rank == 0 and source != 0:

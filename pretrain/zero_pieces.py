@@ -10,7 +10,7 @@ from typing import Any
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from pretrain.engine import language_model
+from pretrain.engine import model_of
 from pretrain.mesh import Mesh
 from pretrain.pieces import Held, Pieces, Shard, flat_run, joined_shares, layout_record, whole
 from pretrain.zero import client_optimizer, flat_groups, offsets_in
@@ -18,7 +18,7 @@ from pretrain.zero import client_optimizer, flat_groups, offsets_in
 
 def pieces_of(engine: Any, mesh: Mesh) -> Pieces:
     """What this rank holds. Parameters keep their place for the life of an engine."""
-    parameters = dict(language_model(engine).named_parameters())
+    parameters = dict(model_of(engine).named_parameters())
     own = {id(parameter): _shard(name, parameter, mesh) for name, parameter in parameters.items()}
     layout = layout_record(mesh.layout, int(engine.zero_optimization_stage()))
     shapes = {name: _whole_shape(own[id(parameter)]) for name, parameter in parameters.items()}

@@ -1,4 +1,4 @@
-"""`attractor compare`: runs side by side, with what is matched between them and what is not."""
+"""`attractor compare`: runs side by side, with what is matched between them and what is not. Of puzzles by arms: seeds are one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from launchers.output import console, deliver, fraction_bar
+from pretrain.errors import Refusal
 
 EPILOG = """\
 [bold]Examples[/]
@@ -20,6 +21,8 @@ EPILOG = """\
   attractor compare runs/a runs/b runs/c --out report --no-evaluate
 
   attractor compare runs/a runs/b --out report --json
+
+  attractor compare sweeps/sudoku-demo/seed=* --out report --accuracy 0.8
 
 Writes compare.md, compare.json and plots into --out. Which runs can be compared, and how each figure is made: docs/comparing.md
 """
@@ -38,12 +41,26 @@ def command(
         typer.Option(
             "--evaluate/--no-evaluate",
             help="Evaluate the newest checkpoints on the whole validation split, for intervals by document; kept in --out. Without: "
-            "records alone, no torch.",
+            "records alone, no torch, which is how runs on puzzles are always compared.",
         ),
     ] = True,
+    accuracy: Annotated[
+        float | None,
+        typer.Option("--accuracy", metavar="SHARE", help="Puzzles: also tell the steps to this share of them solved.", show_default="0.5"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Compare runs: losses, what they cost, where one reaches the other's loss, and what is matched."""
+    """Compare runs: what each reached, what it cost, where one reaches the other's loss, and what is matched."""
+    from pretrain.reasoning.compare_records import are_puzzles
+
+    if are_puzzles(runs):
+        from pretrain.reasoning.compare import ACCURACY, compare_puzzle_runs
+
+        share = ACCURACY if accuracy is None else accuracy
+        deliver(as_json, lambda: compare_puzzle_runs(runs, out, accuracy=share), lambda document: show_puzzles(document, out))
+        return
+    if accuracy is not None:
+        raise Refusal("--accuracy is for runs on puzzles, and these are of language models: leave it out.")
 
     def compute() -> dict[str, Any]:
         from pretrain.compare import compare_runs
@@ -52,6 +69,41 @@ def command(
             return compare_runs(runs, out, evaluate=evaluate, progress=report)
 
     deliver(as_json, compute, lambda document: _show(document, out))
+
+
+def show_puzzles(document: dict[str, Any], out: Path) -> None:
+    """The tables of arms, and what can be said."""
+    from pretrain.reasoning import compare_report as report
+
+    terminal, valid = console(), ("valid",) * report.has_valid(document)
+    notes = (report.NOTE.format(accuracy=document["accuracy"]), report.COST_NOTE)
+    columns = (report.ACCURACY_COLUMNS[:4] + valid + report.ACCURACY_COLUMNS[4:], report.COST_COLUMNS)
+    titles = (f"Accuracy in %, on {document['data']['evaluated_puzzles']:,} validation puzzles, {document['data']['game']}", "Cost")
+    for number, arm in enumerate(document["arms"], 1):
+        terminal.print(f"{number}  {report.label(arm)}", highlight=False, markup=False)
+    for title, names, rows, note in zip(titles, columns, (report.accuracy_rows, report.cost_rows), notes, strict=True):
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+        body = rows(document)
+        shown = [column for column in range(len(names)) if any(row[column] for row in body)]
+        for column in shown:
+            table.add_column(names[column], justify="right" if column else "left")
+        for number, row in enumerate(body, 1):
+            table.add_row(str(number), *(row[column] for column in shown[1:]))
+        terminal.print()
+        terminal.print(table)
+        terminal.print(note, style="dim", highlight=False)
+    _end(document, out)
+
+
+def _end(document: dict[str, Any], out: Path) -> None:
+    """What can be said, and where the rest is."""
+    terminal = console()
+    terminal.print()
+    for said in document["findings"]:
+        terminal.print(f"- {said}", highlight=False, markup=False)
+    terminal.print(
+        f"\nReport: {out / 'compare.md'}    Plots: {', '.join(document['plots'])}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def _show(document: dict[str, Any], out: Path) -> None:
@@ -77,12 +129,7 @@ def _show(document: dict[str, Any], out: Path) -> None:
         terminal.print("\nDifference of loss on the whole validation split, nats a token", style="italic")
         terminal.print(_pairs(interval_rows(document), numbers, "minus", "difference", "from", "to"))
         terminal.print(interval_note(document["documents"]), style="dim", highlight=False)
-    terminal.print()
-    for said in document["findings"]:
-        terminal.print(f"- {said}", highlight=False, markup=False)
-    terminal.print(
-        f"\nReport: {out / 'compare.md'}    Plots: {', '.join(document['plots'])}", highlight=False, markup=False, soft_wrap=True
-    )
+    _end(document, out)
 
 
 _AT = ("reaches", "loss", "tokens", "ratio", "FLOPs", "ratio", "seconds", "ratio")

@@ -1,6 +1,7 @@
 """`attractor evaluate`: a run's losses by solver iterations, what its solve does token by token, and how it does in tasks.
 
-docs/evaluation.md says what each figure is; launchers/evaluate_report.py shows them.
+A run on puzzles is told by its recipe and has reports of its own (launchers/puzzle_evaluate.py). docs/evaluation.md and docs/puzzles.md
+say what each figure is; launchers/evaluate_report.py shows those of language models.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import typer
 
 from launchers.evaluate_report import show_core, show_internalization, show_losses, show_solvers, show_tasks
 from launchers.output import deliver, fraction_bar
+from launchers.puzzle_evaluate import evaluate_puzzles, is_of_puzzles, refuse_other_regime
 from pretrain.errors import Refusal
 
 EPILOG = """\
@@ -29,6 +31,10 @@ EPILOG = """\
   attractor evaluate exports/demo --tasks lambada_openai --through hf
 
   attractor evaluate runs/demo --core eval_bundle --max-per-task 200
+
+  attractor evaluate runs/sudoku-demo --steps 1,4,16,64 --solver-iterations 0,1,auto
+
+  attractor evaluate runs/sudoku-demo --draw 4
 """
 
 Iterations = list[int | str]
@@ -75,6 +81,7 @@ def refuse_strangers(report: str | None, given: dict[str, tuple[str, object]]) -
 
 
 def command(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run folder, such as runs/demo.", show_default=False)],
     solver_iterations: Annotated[
         str | None,
@@ -122,21 +129,53 @@ def command(
         ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option("--batch", metavar="N", min=1, help="With --tasks: rows at a time.", show_default="what fits")
+        int | None,
+        typer.Option(
+            "--batch", metavar="N", min=1, help="With --tasks, and on puzzles: rows at a time.", show_default="what fits; the recipe's"
+        ),
     ] = None,
     max_per_task: Annotated[
         int | None, typer.Option("--max-per-task", metavar="N", min=1, help="With --core: examples a task at most.", show_default="all")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="With --tasks and --internalization: where files go.", show_default="into the run"),
+        typer.Option(
+            "--out", metavar="DIR", help="With --tasks, --internalization and --draw: where files go.", show_default="into the run"
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option("--steps", metavar="1,4,...", help="Puzzles: report after so many supervision steps.", show_default="the recipe's"),
+    ] = None,
+    breadth: Annotated[
+        str | None,
+        typer.Option(
+            "--breadth", metavar="1,4,...", help="Puzzles: choose among so many random starts by their residual.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DIR", help="Puzzles: the validation split of another prepared set.", show_default="the run's own"),
+    ] = None,
+    puzzles: Annotated[
+        int | None, typer.Option("--puzzles", metavar="N", min=1, help="Puzzles: how many at most, evenly spread.", show_default="all")
+    ] = None,
+    draw: Annotated[
+        int | None,
+        typer.Option("--draw", metavar="N", min=1, help="Puzzles: draw N of them instead, step by step (PNG).", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Report a run's validation loss by solver iterations, what its solve does token by token, or how it does in tasks."""
+    """Report a run's validation loss by solver iterations, what its solve does token by token, how it does in tasks or on puzzles."""
     iterations = None if solver_iterations is None else parse_iterations(solver_iterations)
     if not run.is_dir():
         raise Refusal(f"{run} is not a run folder: give the folder that `attractor train` wrote (run.dir), such as runs/demo.")
+    options = {f"--{name.replace('_', '-')}": value for name, value in context.params.items()}
+    of_puzzles = is_of_puzzles(run)
+    refuse_other_regime(run, options, puzzles=of_puzzles)
+    if of_puzzles:
+        evaluate_puzzles(run, options, iterations, as_json)
+        return
     asked = {"--solvers": solvers, "--internalization": internalization, "--tasks": tasks is not None, "--core": core is not None}
     reports = [option for option, wanted in asked.items() if wanted]
     if len(reports) > 1:

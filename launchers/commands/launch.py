@@ -17,7 +17,7 @@ import typer
 
 from launchers.commands.train import ENTRY, Overrides, Recipe
 from launchers.output import print_note
-from pretrain.config import load_recipe
+from pretrain.config import load_any
 from pretrain.errors import Refusal
 from pretrain.layout import layout_on
 
@@ -50,7 +50,7 @@ class Sheet(string.Template):
 
 def render(kind: str, recipe: str, overrides: list[str], nodes: int, gpus: int) -> tuple[str, str]:
     """File name and text of a job. Raises Refusal for what cannot run there."""
-    resolved = load_recipe(recipe, overrides)
+    resolved = load_any(recipe, overrides)
     layout = layout_on(resolved.layout, nodes * gpus)
     resolved.check_world(layout.data)
     if any("\n" in word for word in (recipe, *overrides)):
@@ -89,7 +89,7 @@ def deliver(kind: str, recipe: str, overrides: list[str] | None, nodes: int, gpu
         except FileExistsError as error:
             raise Refusal(f"{file} exists already and is not overwritten: move it away, or use --print and > another file.") from error
         print(f"Written: {file}. Its first lines say how to start it.")
-    if load_recipe(recipe, overrides or []).data.path is None:
+    if load_any(recipe, overrides or []).data.path is None:
         print_note("data.path is not set: add data.path=FOLDER, as the cluster sees it, or the ranks will refuse to start.")
 
 

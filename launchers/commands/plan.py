@@ -10,18 +10,24 @@ from rich import box
 from rich.table import Table
 
 from launchers.commands.match import Iterations, MeasuredRuns, Quantity, match, split_words
+from launchers.commands.puzzle_plan import plan_puzzles, refuse_puzzles
 from launchers.match import QUANTITIES
 from launchers.output import console, deliver, si, size
 from launchers.plan import Plan, make_plan, make_recommendation
-from pretrain.config import load_recipe, recipe_names
+from pretrain.config import PuzzleRecipe, load_any, recipe_names
 from pretrain.errors import Refusal
 from pretrain.gpus import GPUS, Gpu
 from pretrain.ledger import peak_flops
+from pretrain.recipe_files import LANGUAGE_REGIME, REASONING_REGIME
 
 EPILOG = f"""\
 [bold]Recipes[/]
 
-  {", ".join(recipe_names())}
+  {", ".join(recipe_names(LANGUAGE_REGIME))}
+
+[bold]Recipes of puzzles[/]
+
+  {", ".join(recipe_names(REASONING_REGIME))}
 
 [bold]Examples[/]
 
@@ -34,6 +40,8 @@ EPILOG = f"""\
   attractor plan attractor-770m --gpus 64 --recommend
 
   attractor plan demo --json
+
+  attractor plan sudoku-attractor-27m --gpus 8
 
 [bold]Matched comparisons[/] (docs/matching.md)
 
@@ -53,10 +61,7 @@ _KINDS = {
     "attractor": "blocks of the solved map",
     "head": "an untied unembedding",
 }
-
-
 _BYTES = ("weights", "gradients", "optimizer", "activations", "solver", "total")
-
 _PARTS = {
     "compute": "compute",
     "backbone": "tensor ranks: blocks and head",
@@ -93,6 +98,7 @@ def command(
 ) -> None:
     """Say what a recipe costs: parameters, FLOPs, layout, memory, steps; or match several. Starts nothing."""
     recipes, overrides = split_words(words)
+    refuse_puzzles(recipes, by, recommend, hardware)
     if by is not None:
         if recommend or gpus is not None or hardware is not None:
             raise Refusal("--gpus, --hardware and --recommend plan one recipe: leave them out beside --match.")
@@ -108,7 +114,10 @@ def command(
 
 def plan_one(recipe: str, overrides: list[str], gpus: int | None, hardware: str, recommend: bool, as_json: bool) -> None:
     """The plan of one recipe, or its recommended layouts."""
-    resolved = load_recipe(recipe, overrides)
+    resolved = load_any(recipe, overrides)
+    if isinstance(resolved, PuzzleRecipe):
+        plan_puzzles(resolved, gpus, as_json)
+        return
     if hardware not in GPUS:
         raise Refusal(f"--hardware {hardware} is not known: choose {' or '.join(GPUS)}.")
     gpu = GPUS[hardware]

@@ -12,12 +12,11 @@ from rich.table import Table
 
 from launchers.commands.train import Recipe
 from launchers.output import console, print_note
-from launchers.plan import complete
-from launchers.series import Member, check, finished, naming, one_after_another
+from launchers.series import Member, check, completed, finished, naming, one_after_another
 from launchers.slurm import Job, array
-from launchers.sweep import COLUMNS, Sweep, cells, make_sweep, row, value_text, write
-from pretrain.config import Recipe as Resolved
-from pretrain.config import sweep_names
+from launchers.sweep import Sweep, make_sweep, value_text, write
+from launchers.sweep_rows import COLUMNS, cells, row
+from pretrain.config import AnyRecipe, sweep_names
 from pretrain.errors import RunStopped
 
 EPILOG = f"""\
@@ -32,6 +31,8 @@ EPILOG = f"""\
   attractor sweep demo attractor.injection=additive,concat gradient.mode=one_step,adjoint data.path=data/docs
 
   attractor sweep demo solver.tolerance=1e-2,1e-3 data.path=data/docs --plan
+
+  attractor sweep sudoku-demo train.seed=0,1,2 model.width=64,128 data.path=data/sudoku
 
   attractor sweep attractor-140m optimizer.lr=4e-3,8e-3 data.path=data/edu --slurm --procs 8 > sweep.sbatch
 
@@ -82,13 +83,13 @@ def command(
         )
 
 
-def planned(members: list[Member]) -> list[Resolved]:
+def planned(members: list[Member]) -> list[AnyRecipe]:
     """The recipes, with what the data decides where a path is given. Raises Refusal that names the member."""
     recipes = []
     for member in members:
         recipe = member.load()
         with naming(member.name):
-            recipes.append(complete(recipe))
+            recipes.append(completed(recipe))
     return recipes
 
 
@@ -102,7 +103,10 @@ def _train(sweep: Sweep, procs: int) -> list[int]:
     return codes
 
 
-_SHORT = {"parameters": "params", "in matmuls": "matmul", "perplexity": "ppl", "iterations": "iters", "converged": "conv.", "seconds": "s"}
+_SHORT = {
+    **{"parameters": "params", "in matmuls": "matmul", "perplexity": "ppl", "iterations": "iters"},
+    **{"converged": "conv.", "seconds": "s"},
+}
 """Of `COLUMNS`, so that the table fits a terminal."""
 
 
@@ -110,9 +114,9 @@ def _show(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
     """The table, without the columns that are the same (or empty) in all rows, which stand below it, and members that have not finished."""
     out = console()
     table = Table(title=f"Sweep {sweep.name}", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    texts = [dict(zip(COLUMNS, cells(found), strict=True)) for found in rows]
-    same = {name for name in COLUMNS if len(rows) > 1 and len({text[name] for text in texts}) == 1} | {"state"}
-    shown = [name for name in COLUMNS if name not in same]
+    texts, columns = [cells(found) for found in rows], list(COLUMNS[rows[0]["regime"]])
+    same = {name for name in columns if len(rows) > 1 and len({text[name] for text in texts}) == 1} | {"state"}
+    shown = [name for name in columns if name not in same]
     for key in sweep.settings[0]:
         table.add_column(key.rpartition(".")[2].replace("_", " "))
     for name in shown:
@@ -120,7 +124,7 @@ def _show(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
     for found, text in zip(rows, texts, strict=True):
         table.add_row(*map(value_text, found["settings"].values()), *(text[name] for name in shown))
     out.print(table)
-    common = [f"{name} {texts[0][name]}" for name in COLUMNS if name in same and name != "state" and texts[0][name]]
+    common = [f"{name} {texts[0][name]}" for name in columns if name in same and name != "state" and texts[0][name]]
     if common:
         out.print(f"In all: {', '.join(common)}.", style="dim", highlight=False)
     for found in rows:

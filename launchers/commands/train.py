@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from data_pipeline import open_manifest
+from data_pipeline.puzzles import open_puzzles
 from launchers import cluster
 from launchers.hosts import meet, read_hostfile
 from launchers.local import ALONE, Place, launch
 from launchers.node import probe
-from pretrain.config import Recipe as Resolved
-from pretrain.config import load_recipe
+from pretrain.config import AnyRecipe, PuzzleRecipe, load_any
 from pretrain.errors import Refusal, RunStopped
 from pretrain.layout import layout_on
 from pretrain.run_folder import SUMMARY, guard
@@ -100,7 +100,7 @@ def command(
     """Train a recipe, on one process, several, or several machines."""
     # What can be refused is refused here, before any rank starts; the ranks check again what only they can know.
     changes = list(overrides or [])
-    resolved = load_recipe(recipe, changes)
+    resolved = load_any(recipe, changes)
     words = [str(ENTRY), recipe, *changes, *(["--resume"] if resume else [])]
     if hostfile is not None:
         if procs > 1 or nodes is not None:
@@ -127,11 +127,12 @@ def command(
         print(f"The run is whole in {resolved.run.dir}. Next: attractor evaluate {resolved.run.dir}")
 
 
-def check(resolved: Resolved, ranks: int, resume: bool) -> None:
+def check(resolved: AnyRecipe, ranks: int, resume: bool) -> None:
     """Raises Refusal for a recipe that `ranks` ranks cannot train, data that is not there, a run folder that is not free."""
     resolved.check_world(layout_on(resolved.layout, ranks).data)
     for number, (path, _) in enumerate(resolved.sources):
-        manifest = open_manifest(path, resolved.data.cache)
+        open_set = open_puzzles if isinstance(resolved, PuzzleRecipe) else open_manifest
+        manifest = open_set(path, resolved.data.cache)
         for split in ("train",) if number else ("train", "validation"):  # a run evaluates on its first set
             manifest.split(split, path)
     guard(Path(resolved.run.dir), resume=resume)

@@ -20,6 +20,7 @@ from pretrain.errors import Refusal
 from pretrain.gpus import GPUS
 from pretrain.layout import most_stages
 from pretrain.partition import partition
+from pretrain.recipe_files import LANGUAGE_REGIME
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 FOUR_HEADS = "model.heads=4"  # the 60M model has 5, and its vocabulary does not divide by 5: it cannot be cut
@@ -33,7 +34,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "80", "NO_COLOR": "1"})
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", recipe_names(LANGUAGE_REGIME))
 def test_every_recipe_has_a_plan_that_is_json(name: str) -> None:
     plan = make_plan(load_recipe(name))
     document = json.loads(json.dumps(plan.as_dict(), allow_nan=False))
@@ -102,7 +103,7 @@ def test_open_sizes_without_data_are_refused(tmp_path: Path) -> None:
         make_plan(load_recipe("demo", ["model.vocabulary_size=null", f"data.path={tmp_path}"]))
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", recipe_names(LANGUAGE_REGIME))
 def test_every_recipe_has_a_plan_of_a_cut_model(name: str) -> None:
     recipe = load_recipe(name, CUT)
     plan = make_plan(recipe, 16)
@@ -164,7 +165,7 @@ def test_what_cannot_be_is_refused_in_one_paragraph_with_what_can(words: list[st
     assert named in result.stderr
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", recipe_names(LANGUAGE_REGIME))
 @pytest.mark.parametrize(
     "words",
     [

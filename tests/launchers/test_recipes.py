@@ -10,7 +10,9 @@ import pytest
 
 from model.cost import count_parameters
 from model.language_model import build
-from pretrain.config import KEYS, Recipe, load_recipe, recipe_names
+from model.reasoning.cost import count_reasoner
+from model.reasoning.reasoner import build as build_reasoner
+from pretrain.config import KEYS, PuzzleRecipe, Recipe, load_any, load_recipe, read_recipe, recipe_names
 
 VOCABULARY = 32768
 
@@ -48,6 +50,21 @@ OURS = {
     "edu-5m": (4.5, 5.5),
     "edu-5m-transformer": (4.5, 5.5),
 }
+
+REASONERS = {
+    # name: (parameters of the blocks by hand, steps, global batch), the latter two as published; width 512, SwiGLU of 1,536
+    "trm-7m": (2 * (4 * 512**2 + 3 * 512 * 1536), 65_104, 768),
+    "trm-27m": (8 * (4 * 512**2 + 3 * 512 * 1536), 65_104, 768),
+    "hrm-27m": (8 * (4 * 512**2 + 3 * 512 * 1536), 26_041, 768),
+    "transformer-27m": (8 * (4 * 512**2 + 3 * 512 * 1536), 26_041, 768),
+    "trm-mlp-5m": (2 * (3 * 97 * 512 + 3 * 512 * 1536), 65_104, 768),
+    "equilibrium-5m": (2 * (3 * 81 * 256 + 3 * 512 * 1536), 65_104, 768),
+}
+SUDOKU6 = dict.fromkeys(("sudoku6-trm", "sudoku6-hrm", "sudoku6-transformer", "sudoku6-attractor"), 64_578)
+"""The arms of docs/results.md and their parameters on 6x6 grids: HRM halves the blocks of its two networks."""
+
+ATTRACTORS = {"sudoku": (130_208, 384), "maze": (390_625, 128)}
+BOARDS = {"sudoku": (11, 81), "maze": (6, 900)}
 
 
 def built(name: str) -> tuple[Recipe, int]:
@@ -92,7 +109,55 @@ def test_a_transformer_without_value_embeddings_is_its_table_and_its_blocks(name
 
 
 def test_every_shipped_recipe_is_covered() -> None:
-    assert set(recipe_names()) == {*PUBLISHED, *BY_HAND, *OURS}
+    assert set(recipe_names("language")) == {*PUBLISHED, *BY_HAND, *OURS}
+    both = ("trm-7m", "trm-27m", "hrm-27m", "transformer-27m", "attractor-7m", "attractor-27m", "demo")
+    reasoners = {f"{game}-{name}" for game in BOARDS for name in both} | {"sudoku-trm-mlp-5m", "sudoku-equilibrium-5m"}
+    assert set(recipe_names("reasoning")) == reasoners | set(SUDOKU6)
+
+
+def reasoner(name: str) -> PuzzleRecipe:
+    """The recipe, with the board that it is for."""
+    vocabulary, cells = BOARDS[name.partition("-")[0]]
+    recipe = load_any(name, [f"model.vocabulary_size={vocabulary}", f"model.cells={cells}"])
+    assert isinstance(recipe, PuzzleRecipe)
+    return recipe
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names("reasoning") if not name.endswith("-demo") and name not in SUDOKU6])
+def test_reasoners_have_the_published_sizes_and_settings(name: str) -> None:
+    game, _, kind = name.partition("-")
+    recipe = reasoner(name)
+    blocks, steps, batch = REASONERS[kind.replace("attractor", "trm")]
+    if kind.startswith("attractor"):
+        steps, batch = ATTRACTORS[game]
+    counted = count_reasoner(recipe.architecture)
+    assert counted.total == sum(parameter.numel() for parameter in build_reasoner(recipe.architecture, device="meta").parameters())
+    assert counted.matmul == blocks
+    assert counted.total / 1e6 == pytest.approx(float(kind.rpartition("-")[2].removesuffix("m")), abs=0.5)
+    assert (recipe.train.steps, recipe.train.global_batch, recipe.train.precision) == (steps, batch, "bf16")
+    assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.optimizer.betas) == (1e-4, 1.0, [0.9, 0.95])
+    assert recipe.optimizer.ema == (None if kind.startswith(("hrm", "transformer")) else 0.999)
+    assert recipe.schedule.warmup_steps == 2000
+    assert recipe.supervision.steps == (1 if kind.startswith("transformer") else 16)
+    assert read_recipe(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("name", ["sudoku-demo", "maze-demo"])
+def test_demo_reasoners_are_small(name: str) -> None:
+    size = 4 if name.startswith("sudoku") else 10
+    recipe = load_any(name, ["model.vocabulary_size=6", f"model.cells={size * size}"])
+    assert isinstance(recipe, PuzzleRecipe)
+    assert recipe.model.kind == "attractor"
+    assert 5e4 < count_reasoner(recipe.architecture).total < 5e5
+
+
+@pytest.mark.parametrize(("name", "parameters"), SUDOKU6.items())
+def test_arms_of_the_small_comparison_are_of_one_size(name: str, parameters: int) -> None:
+    recipe = load_any(name, ["model.vocabulary_size=8", "model.cells=36"])
+    assert isinstance(recipe, PuzzleRecipe)
+    assert count_reasoner(recipe.architecture).total == parameters
+    trm = load_any("sudoku6-trm")
+    assert (recipe.optimizer, recipe.train, recipe.schedule) == (trm.optimizer, trm.train, trm.schedule)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -109,7 +174,7 @@ def test_demo_transformer_has_the_demo_s_backbone() -> None:
     assert (transformer.train, transformer.data) == (attractor.train, attractor.data)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", recipe_names("language"))
 def test_published_settings_are_kept(name: str) -> None:
     recipe = load_recipe(name)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
@@ -137,6 +202,8 @@ def test_the_page_lists_every_key_with_its_default_and_meaning() -> None:
             assert rows[key] == json.dumps(sections[section][name]).replace('"', ""), key
 
 
-def test_the_page_names_every_recipe() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert not [name for name in recipe_names() if name not in page]
+def test_the_pages_name_every_recipe() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    for regime, page in (("language", "recipes.md"), ("reasoning", "puzzles.md")):
+        text = (docs / page).read_text(encoding="utf-8")
+        assert not [name for name in recipe_names(regime) if name not in text]

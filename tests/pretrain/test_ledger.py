@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 
 from model.config import AttractorConfig, BackboneConfig, GradientConfig, ModelConfig
-from model.cost import Work
+from model.cost import Work, training_flops
 from pretrain.ledger import Ledger, peak_flops
 
 CONFIG = ModelConfig(
     BackboneConfig(vocabulary_size=100, width=8, heads=2, backbone_layers=3), AttractorConfig(layers=2), gradient=GradientConfig()
 )
 S = 16
+
+
+def new_ledger() -> Ledger:
+    return Ledger(partial(training_flops, CONFIG, S), S)
 
 
 def by_hand(evaluations: float) -> dict[str, float]:
@@ -33,7 +38,7 @@ def by_hand(evaluations: float) -> dict[str, float]:
 
 
 def test_a_run_is_the_sum_of_its_steps() -> None:
-    ledger = Ledger(CONFIG, S)
+    ledger = new_ledger()
     steps = [(64, 3.0), (64, 5.5), (32, 1.0)]
     for tokens, evaluations in steps:
         spent = ledger.step(tokens, Work(evaluations, 1.0, 0.0))
@@ -45,15 +50,15 @@ def test_a_run_is_the_sum_of_its_steps() -> None:
 
 
 def test_model_flops_leave_recomputation_out() -> None:
-    spent = Ledger(CONFIG, S).step(10, Work(2.0, 1.0, 0.0))
+    spent = new_ledger().step(10, Work(2.0, 1.0, 0.0))
     assert spent.hardware - spent.model == spent.recomputation > 0
 
 
 def test_state_goes_on_where_it_was() -> None:
-    straight, first = Ledger(CONFIG, S), Ledger(CONFIG, S)
+    straight, first = new_ledger(), new_ledger()
     for ledger in (straight, first):
         ledger.step(64, Work(2.5, 1.0, 0.0))
-    second = Ledger(CONFIG, S)
+    second = new_ledger()
     second.load_state_dict(first.state_dict())
     for ledger in (straight, second):
         ledger.step(64, Work(4.0, 1.0, 0.0))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from model.cost import Work
+from model.cost import Work, training_flops
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import Refusal
 from pretrain.ledger import Ledger
@@ -19,7 +20,8 @@ PARCAE = ["model.kind=parcae", "model.backbone_layers=6"]
 
 def run_folder(path: Path, recipe: Recipe, steps: list[Work], total_steps: int | None = None) -> Path:
     """A run of those steps, as the trainer leaves it."""
-    ledger = Ledger(recipe.architecture, recipe.data.sequence_length or 0, recipe.train.recompute)
+    length = recipe.data.sequence_length or 0
+    ledger = Ledger(partial(training_flops, recipe.architecture, length, recompute=recipe.train.recompute), length)
     for work in steps:
         ledger.step(4096, work)
     total = ledger.total

@@ -75,7 +75,7 @@ def test_stages_are_the_blocks_in_order_and_hold_every_flop(config: ModelConfig,
     assert score([stage.stop - stage.first for stage in dealt], [round(block)] * layers, round(tail)) == best
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", recipe_names("language"))
 def test_every_recipe_has_every_number_of_stages_it_may_ask_for(name: str) -> None:
     config = load_recipe(name).architecture
     for stages in range(1, most_stages(config) + 1):

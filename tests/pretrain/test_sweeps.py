@@ -9,6 +9,7 @@ import pytest
 
 from pretrain.config import load_recipe, recipe_names, stated, sweep_names, sweep_of
 from pretrain.errors import Refusal
+from pretrain.keys import LANGUAGE
 from pretrain.sweeps import parse_sweep
 
 
@@ -19,7 +20,7 @@ def write(folder: Path, text: str) -> str:
 
 
 def test_a_mapping_is_a_product_with_the_last_key_fastest() -> None:
-    members = parse_sweep({"attractor.injection": ["additive", "concat"], "train.tokens": [1e6, 2e6]}, "here")
+    members = parse_sweep({"attractor.injection": ["additive", "concat"], "train.tokens": [1e6, 2e6]}, "here", LANGUAGE)
     assert members == [
         {"attractor.injection": injection, "train.tokens": tokens} for injection in ("additive", "concat") for tokens in (10**6, 2 * 10**6)
     ]
@@ -28,7 +29,7 @@ def test_a_mapping_is_a_product_with_the_last_key_fastest() -> None:
 
 def test_a_list_is_the_members_themselves() -> None:
     members = [{"attractor.layers": 1, "model.backbone_layers": 3}, {"attractor.layers": 2, "model.backbone_layers": 2}]
-    assert parse_sweep(members, "here") == members
+    assert parse_sweep(members, "here", LANGUAGE) == members
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_a_list_is_the_members_themselves() -> None:
 )
 def test_refusals_name_the_place_and_the_fault(value: object, said: str) -> None:
     with pytest.raises(Refusal, match=re.escape(said)) as refused:
-        parse_sweep(value, "the recipe 'mine'")
+        parse_sweep(value, "the recipe 'mine'", LANGUAGE)
     assert "mine" in str(refused.value)
 
 
