@@ -126,18 +126,18 @@ class _Bench:
 
     def row(self, name: int | str, steps: int) -> Row:
         self.step()  # kernels and allocator get used to this shape
-        _reset_peak(self.device)
+        reset_peak(self.device)
         seconds, found = [], []
         for _ in range(steps):
             elapsed, result = _timed(self.step, self.device)
             seconds.append(elapsed)
             found.append(result)
-        height = _peak(self.device)
+        height = peak_memory(self.device)
         typical = sorted(seconds)[len(seconds) // 2]
         work = Work(*(sum(column) / steps for column in zip(*found, strict=True)))
         tokens = self.recipe.train.micro_batch * self.length
         spent = training_flops(self.config, self.length, work, recompute=self.recipe.train.recompute)
-        peak = self.recipe.train.peak_flops or _known_peak(self.device, self.recipe.train.precision)
+        peak = self.recipe.train.peak_flops or known_peak(self.device, self.recipe.train.precision)
         return {
             "iterations": name,
             "evaluations": work.evaluations,
@@ -225,31 +225,35 @@ def text_batches(batch: int, length: int, vocabulary: int, device: torch.device)
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     result = work()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start, result
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """From now on `peak_memory` counts anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak of the resident set to what it is now
 
 
-def _peak(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the height of this process (CPU) or of the GPU's allocator."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def _known_peak(device: torch.device, precision: str) -> float | None:
+def known_peak(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of a GPU, where its name is known."""
     return peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None

@@ -13,6 +13,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from launchers.commands import bench_reasoning
 from launchers.commands.train import Overrides
 from launchers.output import console, deliver, si, size
 from pretrain.config import Recipe, load_recipe
@@ -20,6 +21,7 @@ from pretrain.errors import Refusal
 from pretrain.layout import Layout
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+app.command("reasoning", epilog=bench_reasoning.EPILOG)(bench_reasoning.command)
 
 _STEP_EPILOG = """\
 [bold]Examples[/]

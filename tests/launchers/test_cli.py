@@ -47,6 +47,7 @@ COMMANDS = [
     ("generate",),
     ("bench", "step"),
     ("bench", "models"),
+    ("bench", "reasoning"),
     ("bench", "data"),
     ("bench", "generate"),
     ("bench", "checkpoint"),
