@@ -78,7 +78,8 @@ class PuzzleRecipe(Section):
         ):
             if wanted is not None and wanted != found:
                 raise Refusal(
-                    f"model.{key}={wanted} is not that of the puzzles in {path}, which is {found}: leave it out, or give other data."
+                    f"model.{key}={wanted} is not that of the puzzles in {path}, which is {found}: set model.{key}=null, so that the data "
+                    "decides, or give other data."
                 )
         if self.model.identifiers < identifiers:
             raise Refusal(
