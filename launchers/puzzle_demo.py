@@ -16,8 +16,8 @@ from launchers.output import console, fraction_bar, si
 
 RUNS = {"Attractor": ("attractor", []), "TRM": ("trm", ["model.kind=trm"])}
 """Label -> folder and overrides; all else of the recipe is the same."""
-SIZES = {"sudoku": 4, "maze": 10}
-PUZZLES, HELD_OUT = 1000, 500
+SETS: dict[str, dict[str, int]] = {"sudoku": {"size": 4, "puzzles": 1000}, "maze": {"size": 6, "puzzles": 12_000, "least": 5}}
+HELD_OUT = 500
 DRAWN = 3
 
 
@@ -44,7 +44,7 @@ def _prepare(game: str, data: Path) -> None:
 
     if not (data / MANIFEST).exists():
         with fraction_bar("generating") as report:
-            prepare_puzzles(game, data, puzzles=PUZZLES, size=SIZES[game], validation=str(HELD_OUT), progress=report)
+            prepare_puzzles(game, data, **SETS[game], validation=str(HELD_OUT), progress=report)
     manifest = open_puzzles(data)
     counts = ", ".join(f"{split.puzzles:,} {name}" for name, split in manifest.splits.items())
     console().print(f"Data: {manifest.game} {manifest.height}x{manifest.width}, generated: {counts}, in {data}", highlight=False)

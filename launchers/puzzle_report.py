@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from launchers.output import console
@@ -32,8 +33,8 @@ def _some(steps: list[str], most: int) -> list[str]:
 
 def _head(result: dict[str, Any]) -> None:
     console().print(
-        f"[bold]{result['run']}[/]: {result['kind']}, step {result['step']:,}; {result['puzzles']:,} puzzles, {result['game']}, of "
-        f"{result['data']}",
+        f"[bold]{escape(result['run'])}[/]: {result['kind']}, step {result['step']:,}; {result['puzzles']:,} puzzles, {result['game']}, of "
+        f"{escape(result['data'])}",
         highlight=False,
         soft_wrap=True,
     )
@@ -157,11 +158,11 @@ def show_puzzle_internalization(result: dict[str, Any]) -> None:
         "distance: |z* - z0| / |z0| over the step. at 0, agrees: this step's answer at T = 0, and its cells as at auto.", highlight=False
     )
     for file in result["files"]:
-        out.print(file, highlight=False, soft_wrap=True)
+        out.print(file, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_pictures(result: dict[str, Any]) -> None:
     out = console()
     for file, found in zip(result["files"], result["puzzles"], strict=True):
         outcome = "exact" if found["exact"] else "not exact"
-        out.print(f"{file}  rating {found['rating']}, {outcome}", highlight=False, soft_wrap=True)
+        out.print(f"{file}  rating {found['rating']}, {outcome}", highlight=False, markup=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from pretrain import compare_bootstrap as bootstrap
 from pretrain.compare_curves import crossing, in_window, smoothed, window_tokens
 from pretrain.compare_documents import Checkpoint, document_losses, newest_checkpoints
 from pretrain.compare_plots import plot_comparison
-from pretrain.compare_records import Curve, RunRecord, own_loss, read_run, refuse_unlike
+from pretrain.compare_records import Curve, RunRecord, make_folder, own_loss, read_run, refuse_unlike
 from pretrain.compare_report import MATCHED, QUANTITIES, findings, markdown
 from pretrain.durable import write_atomically
 from pretrain.errors import Refusal
@@ -49,7 +49,7 @@ def compare_runs(
     records = [read_run(path, name) for path, name in zip(runs, _names(runs, names), strict=True)]
     refuse_unlike(records)
     checkpoints = newest_checkpoints(records) if evaluate else []
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     window = window_tokens([run.training for run in records])
     smooth = {run.name: smoothed(run.training, window) for run in records}
     document: dict[str, Any] = {

@@ -167,6 +167,14 @@ def read_run(path: Path, name: str) -> RunRecord:
     return RunRecord(**vars(records), recipe=recipe, manifest=_manifest(path, recipe))
 
 
+def make_folder(out: Path) -> None:
+    """The folder of a report. Raises Refusal where it cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"--out {out} cannot be made: {error.strerror}. Give another folder, or mend its permissions.") from error
+
+
 def stored_recipe(path: Path) -> str:
     """The text of a run's config.yaml. Raises Refusal for a folder without a run."""
     config = path / CONFIG

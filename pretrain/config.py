@@ -215,8 +215,9 @@ def _checked(regime: str, layers: Iterable[tuple[str, Mapping[str, Any]]], sourc
 
 
 def _wrong_regime(source: str) -> Refusal:
+    subject = f"T{source[1:]}" if source.startswith("the ") else source  # a path stays as it is
     return Refusal(
-        f"{source[0].upper()}{source[1:]} is of puzzles (regime: reasoning), and this is for language models. Puzzles have `attractor data "
+        f"{subject} is of puzzles (regime: reasoning), and this is for language models. Puzzles have `attractor data "
         f"prepare`, `plan`, `train`, `sweep`, `launch`, `checkpoint`, `evaluate`, `compare` and `bench reasoning`: docs/puzzles.md."
     )
 

@@ -97,5 +97,5 @@ def accumulation(train: SharedTrainSection, data_ranks: int) -> int:
         remedies.append("data ranks " + ", ".join(str(r) for r in sorted(ranks, key=lambda r: abs(r - data_ranks))[:3]))
     raise Refusal(
         f"train.global_batch={batch} does not divide into micro-batches of train.micro_batch={micro} on {data_ranks} data "
-        f"rank{'s' if data_ranks > 1 else ''} ({unit} sequences at a time). Use {'; or '.join(remedies)}."
+        f"rank{'s' if data_ranks > 1 else ''} ({unit} at a time). Use {'; or '.join(remedies)}."
     )

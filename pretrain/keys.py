@@ -17,6 +17,8 @@ from model.config import AttractorConfig, BackboneConfig, GradientConfig, LoopCo
 from pretrain import sections
 from pretrain.errors import Refusal
 
+_BUDGETS = ("train.tokens", "train.steps")  # of language models, and of puzzles: each is what the other regime's user means
+
 
 class Schema:
     """The sections of a regime's recipes and their keys."""
@@ -36,6 +38,8 @@ class Schema:
 
     def nearest(self, dotted: str) -> str | None:
         """The existing key that a misspelt one most likely means, if any is near."""
+        if dotted in _BUDGETS:
+            return self.budget
         word = dotted.rpartition(".")[2]
         same_word = [key for key in self.keys if key.rpartition(".")[2] == word]
         if same_word:

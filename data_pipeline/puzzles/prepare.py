@@ -128,7 +128,7 @@ def _held(value: str | None) -> float | int | str:
         return value
     if 0 <= number < 1:
         return number
-    if number >= 1 and number == int(number):
+    if number >= 1 and number.is_integer():  # of inf it is not
         return int(number)
     raise Refusal(f"--validation {value} is neither a share below 1 nor a whole number of puzzles. Give one of these, or a source.")
 

@@ -12,7 +12,7 @@ or does not. The search runs depth first, a batch of boards at a time, until a p
 
 The rating of a puzzle is the number of branchings of its whole tree, that is of finding the solution and proving it the only one: 0 where
 inference alone solves it. The tree depends on the puzzle alone, not on what it is solved together with. (Sudoku-Extreme's own ratings are
-the guesses of another solver, tdoku: smaller, on the same puzzles correlated 0.6.)
+the guesses of another solver, tdoku: fewer; over the 1,000 rows of sudoku-extreme-1k the ranks of the two correlate 0.70.)
 """
 
 from __future__ import annotations

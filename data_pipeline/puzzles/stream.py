@@ -4,7 +4,7 @@ PuzzleStream is an endless row of augmented puzzles. Position p of a set of N pu
 once, in an order permuted by (seed, epoch), each changed by a symmetry drawn from (seed, epoch, index). So what stands at a position
 depends on nothing but the position: resuming at one and dealing positions out to ranks are arithmetic, and there is no state to save.
 
-PuzzleSet is one split as it is, for evaluation. Both hold their split in memory (175 bytes a 9x9 Sudoku, 1.8 kB a 30x30 maze).
+PuzzleSet is one split as it is, for evaluation. Both hold their split in memory (174 bytes a 9x9 Sudoku, 1.8 kB a 30x30 maze).
 """
 
 from __future__ import annotations

@@ -76,20 +76,20 @@ def show_puzzles(document: dict[str, Any], out: Path) -> None:
     from pretrain.reasoning import compare_report as report
 
     terminal, valid = console(), ("valid",) * report.has_valid(document)
-    notes = (report.NOTE.format(accuracy=document["accuracy"]), report.COST_NOTE)
+    notes = (report.NOTE.format(accuracy=100 * document["accuracy"]), report.COST_NOTE)
     columns = (report.ACCURACY_COLUMNS[:4] + valid + report.ACCURACY_COLUMNS[4:], report.COST_COLUMNS)
     titles = (f"Accuracy in %, on {document['data']['evaluated_puzzles']:,} validation puzzles, {document['data']['game']}", "Cost")
     for number, arm in enumerate(document["arms"], 1):
-        terminal.print(f"{number}  {report.label(arm)}", highlight=False, markup=False)
+        terminal.print(f"{number}  {report.label(arm)}: {arm['kind']}", highlight=False, markup=False)
     for title, names, rows, note in zip(titles, columns, (report.accuracy_rows, report.cost_rows), notes, strict=True):
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         body = rows(document)
-        shown = [column for column in range(len(names)) if any(row[column] for row in body)]
+        shown = [column for column, name in enumerate(names) if name != "kind" and any(row[column] for row in body)]
         for column in shown:
             table.add_column(names[column], justify="right" if column else "left")
         for number, row in enumerate(body, 1):
             table.add_row(str(number), *(row[column] for column in shown[1:]))
-        terminal.print()
+        terminal.print(f"\n{title}", style="italic", highlight=False)
         terminal.print(table)
         terminal.print(note, style="dim", highlight=False)
     _end(document, out)

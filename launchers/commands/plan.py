@@ -41,7 +41,7 @@ EPILOG = f"""\
 
   attractor plan demo --json
 
-  attractor plan sudoku-attractor-27m --gpus 8
+  attractor plan sudoku-attractor-27m data.path=data/sudoku train.micro_batch=48 --gpus 8
 
 [bold]Matched comparisons[/] (docs/matching.md)
 

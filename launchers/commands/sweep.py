@@ -126,7 +126,7 @@ def _show(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
     out.print(table)
     common = [f"{name} {texts[0][name]}" for name in columns if name in same and name != "state" and texts[0][name]]
     if common:
-        out.print(f"In all: {', '.join(common)}.", style="dim", highlight=False)
+        out.print(f"The same in all: {', '.join(common)}.", style="dim", highlight=False)
     for found in rows:
         if found["state"] != "finished":
             out.print(f"{found['member']}: {found['state']}", style="dim", highlight=False, soft_wrap=True)

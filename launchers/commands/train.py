@@ -26,6 +26,8 @@ EPILOG = """\
 
   attractor train demo data.path=data/docs
 
+  attractor train sudoku-demo data.path=data/sudoku-4
+
   attractor train attractor-140m data.path=data/edu train.tokens=2e9 run.dir=runs/first --procs 2
 
   attractor train attractor-140m data.path=data/edu train.tokens=2e9 run.dir=runs/first --procs 2 --resume
@@ -36,7 +38,7 @@ EPILOG = """\
 
 [bold]Exit codes[/]
 
-  0  trained to the end of the token budget
+  0  trained to the end of its tokens (on puzzles: its steps)
 
   2  refused: the recipe, the data or the run folder is not as it must be; nothing was touched
 

@@ -116,15 +116,15 @@ class Reasoner(nn.Module):
                 module.compile()
 
     def _embed(self, inputs: Tensor, identifiers: Tensor) -> Tensor:
-        m = self.config.model
-        x = self.embedding(inputs.int())
+        m, dtype = self.config.model, self.embedding.weight.dtype
+        x = _looked_up(self.embedding, inputs.int())
         if self.puzzle_embedding is not None:
-            puzzle = self.puzzle_embedding(identifiers)[:, None]
+            puzzle = _looked_up(self.puzzle_embedding, identifiers)[:, None]
             x = torch.cat((F.pad(puzzle, (0, 0, 0, m.prefix - 1)), x), dim=1)
         scale = math.sqrt(m.width)
         if self.positions is not None:
             x, scale = x + self.positions.weight, scale / math.sqrt(2)  # the sum of two varies as much as one
-        return x * scale
+        return (x * scale).to(dtype)
 
     def _tables(self, x: Tensor) -> Tables:
         m = self.config.model
@@ -132,6 +132,11 @@ class Reasoner(nn.Module):
             return None
         cos, sin = rotary_tables(m.length, m.head_dim, m.rope_base, x.device)
         return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def _looked_up(table: nn.Embedding, rows: Tensor) -> Tensor:
+    """In at least fp32, so that its gradient is summed there: a row of a dozen is read at each of 60,000 cells, and a sum in bf16 stops."""
+    return F.embedding(rows, table.weight.to(torch.promote_types(table.weight.dtype, torch.float32)))
 
 
 @torch.no_grad()

@@ -226,5 +226,6 @@ def report_internalization(
         report["files"] = [str(out / REPORT), str(plot_internalization(report, out / PICTURE))]
         durable.write_atomically(out / REPORT, dump(report, indent=1) + "\n")
     except OSError as error:  # the figures are worth more than their copy
+        report["files"] = []
         logger.warning("%s could not be written: %s", out / REPORT, error.strerror)
     return report

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pretrain.errors import Refusal
 from pretrain.hub.export_config import read_json_object
+from pretrain.run_folder import CONFIG as OWN_CONFIG
 from pretrain.tensor_files import TensorFiles, holds, index_path
 
 CONFIG, RUN_CONFIG = "config.json", "model_config.json"
@@ -68,6 +69,8 @@ def open_published(path: Path) -> Published:
     if (path / RUN_CONFIG).is_file():
         return _training(_checkpoint_of(path), path / RUN_CONFIG)
     if not (path / CONFIG).is_file():
+        if (path / OWN_CONFIG).is_file():
+            raise Refusal(f"{path} holds a run of `attractor train`, not published weights: it needs no import. Use it as it is.")
         raise Refusal(f"{path} has neither {CONFIG} nor {RUN_CONFIG}: it is no published model and no training run. Check the path.")
     return _model(path)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.manifest import VALIDATION
+from pretrain.compare_records import make_folder
 from pretrain.compare_report import MATCHED
 from pretrain.durable import write_atomically
 from pretrain.errors import Refusal
@@ -50,7 +51,7 @@ def compare_puzzle_runs(runs: Sequence[Path], out: Path, *, accuracy: float = AC
     records = [read_puzzle_run(path, path.name) for path in runs]
     refuse_unlike_puzzles(records)
     arms = make_arms(records)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     told = {arm.name: [_describe(run, arm.name, accuracy) for run in arm.runs] for arm in arms}
     document: dict[str, Any] = {
         "regime": "reasoning",

@@ -65,7 +65,7 @@ def _accuracy(arms: Sequence[Arm], measured_on: str) -> Any:
         axes.set(xlabel=name, title=title, xlim=(0, None))
         axes.xaxis.set_major_formatter(_thousands())
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="validation puzzles solved (%)", ylim=(0, _top([100 * found["exact"].max() for found in curves])))
+    panels[0].set(ylabel="validation puzzles solved (%)", ylim=_range([100 * found["exact"].max() for found in curves]))
     _legend(figure, [(style(number), arm) for number, arm in enumerate(arms)], f"{measured_on}; line: mean over seeds, band: least to most")
     return figure
 
@@ -94,7 +94,7 @@ def _sizes(arms: Sequence[Arm], measured_on: str) -> Any:
         ylabel="validation puzzles solved at the end (%)",
         title="Accuracy against size",
         xscale="log",
-        ylim=(0, _top([100 * run.accuracy.exact[-1] for arm in arms for run in arm.runs])),
+        ylim=_range([100 * run.accuracy.exact[-1] for arm in arms for run in arm.runs]),
     )
     _ticks_at(axes, sorted({arm.runs[0].parameters()["matmul"] for arm in arms}))
     axes.grid(alpha=0.3)
@@ -103,9 +103,10 @@ def _sizes(arms: Sequence[Arm], measured_on: str) -> Any:
     return figure
 
 
-def _top(percents: Sequence[float]) -> float:
-    """Of the axis: room above the highest, 100 % at most but for the marker's half."""
-    return min(102.0, max(1.0, 1.1 * max(percents)))
+def _range(percents: Sequence[float]) -> tuple[float, float]:
+    """Of the axis: room above the highest, and at 0 and 100 % for a marker's half."""
+    top = min(102.0, max(1.0, 1.1 * max(percents)))
+    return -0.02 * top, top
 
 
 def _ticks_at(axes: Any, sizes: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ COST_COLUMNS = ("arm", "kind", "params", "matmul", "steps", "puzzle steps", "tok
 NOTE = (
     "Mean ± standard deviation over seeds, at the last evaluation and its last supervision step. exact: puzzles with every cell right; "
     "cells: cells right, given ones too; valid: mazes with any shortest path marked; best: the highest of all evaluations, which picks by "
-    "the same puzzles; reached: steps to the first evaluation with {accuracy:.0%} exact; iters: iterations of a solve, in evaluation."
+    "the same puzzles; reached: steps to the first evaluation with {accuracy:g} % exact; iters: iterations of a solve, in evaluation."
 )
 COST_NOTE = (
     "Means over seeds. params: all; matmul: in matrix products of blocks; puzzle steps: one supervision step of one puzzle; tokens: their "
@@ -168,7 +168,7 @@ def markdown(document: dict[str, Any]) -> str:
         "\n".join(f"- {said}" for said in document["findings"]),
         "## Accuracy, %",
         table(head, accuracy_rows(document)),
-        NOTE.format(accuracy=document["accuracy"]),
+        NOTE.format(accuracy=100 * document["accuracy"]),
         "## Cost",
         table(COST_COLUMNS, cost_rows(document)),
         COST_NOTE,

@@ -60,9 +60,9 @@ class PuzzleRecipe(Section):
 
     @property
     def learning_rate_schedule(self) -> ScheduleSection:
-        """The schedule as a function of the share of the run that is done."""
-        warmup = min(1.0, self.schedule.warmup_steps / self.train.steps)
-        return ScheduleSection(shape=self.schedule.shape, warmup=warmup, final=self.schedule.final)
+        """The schedule as a function of the share of the run that is done. A run shorter than its warm-up ends within it."""
+        warmup = self.schedule.warmup_steps / self.train.steps
+        return ScheduleSection.model_construct(shape=self.schedule.shape, warmup=warmup, final=self.schedule.final)  # above 1 it may be
 
     @property
     def cells(self) -> int:
@@ -118,5 +118,6 @@ class PuzzleRecipe(Section):
         steps = self.evaluation.steps
         if steps != sorted(set(steps)):
             raise ValueError(f"evaluation.steps={steps} must rise: the steps are taken one after another.")
+        _ = self.architecture  # refuses sections that do not go together
         self.check_world(1)
         return self

@@ -132,11 +132,12 @@ def report_puzzle_internalization(
         progress((number + 1) / len(parts))
     report = about(loaded, puzzle_set, data) | totals(sums, by_step, len(rows), depths)
     report |= {"tolerance": recipe.solver.tolerance} if recipe.model.solves else {}
-    report["files"] = []
+    report["files"] = [str(out / REPORT), str(out / PICTURE)]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        report["files"] = [str(out / REPORT), str(plot_puzzle_internalization(report, out / PICTURE))]
+        plot_puzzle_internalization(report, out / PICTURE)
         durable.write_atomically(out / REPORT, dump(report, indent=1) + "\n")
     except OSError as error:  # the figures are worth more than their copy
-        logger.warning("%s could not be written: %s", out / REPORT, error.strerror)
+        logger.warning("%s and %s could not be kept in %s: %s", REPORT, PICTURE, out, error.strerror)
+        report["files"] = []
     return report

@@ -73,12 +73,12 @@ def _solve(axis: Any, report: dict[str, Any]) -> None:
     if max(report["distance"]) > 10 * min(report["distance"]) > 0:
         axis.set_yscale("log")
     else:
-        axis.set_ylim(0, 1.15 * max(report["distance"]))
+        axis.set_ylim(0, 1.4 * max(report["distance"]))  # the legend is above
     handles = [line]
     if "iterations" in report:
         other = axis.twinx()
         (count,) = other.plot(places, report["iterations"], "s--", color="C0", markersize=3, label="iterations a solve")
-        other.set(ylabel="solver iterations", ylim=(0, 1.15 * max(report["iterations"])))
+        other.set(ylabel="solver iterations", ylim=(0, 1.4 * max(report["iterations"])))
         handles.append(count)
     axis.legend(handles=handles, frameon=False, fontsize=8, loc="upper right")
 

@@ -56,7 +56,7 @@ class Puzzles:
         beat(f"step {number}")
         self.finished = {name: value + found.finished[name] for name, value in self.finished.items()}
         measured = {**self._told(found.means), **shares(self.finished)}
-        if (number + 1) % self.recipe.train.log_every == 0:
+        if (number + 1) % self.recipe.train.log_every == 0 or not found.applied:  # the loop has told it
             self.finished = dict.fromkeys(FINISHED, 0.0)
         work = Work(found.means["solver_evaluations"], found.means["applications"], found.means["products"])
         return Stepped(found.loss, found.grad_norm, found.applied, found.stop, found.own_iterations, work, measured)

@@ -54,6 +54,7 @@ def _watched(case: dict[str, Any], steps: list[dict[str, Any]]) -> Any:
     from pretrain.reasoning import regime
 
     real_step, real_read, read = regime.supervision_step, PuzzleStream.read, []
+    real_build = regime.build_reasoner
 
     def reading(self: PuzzleStream, start: int, count: int) -> Any:
         read.append([start, count])
@@ -68,8 +69,22 @@ def _watched(case: dict[str, Any], steps: list[dict[str, Any]]) -> Any:
         steps.append({"read": list(read), "rows": rows, "halted": halted, "free": free, "position": running.position, "loss": found.loss})
         return found
 
-    with patch.object(regime, "supervision_step", step), patch.object(PuzzleStream, "read", reading):
+    with (
+        patch.object(regime, "build_reasoner", lambda recipe, device: undecided(real_build(recipe, device))),
+        patch.object(regime, "supervision_step", step),
+        patch.object(PuzzleStream, "read", reading),
+    ):
         yield
+
+
+@torch.no_grad()
+def undecided(model: Any) -> Any:
+    """The model with a halting head that stops some rows early: as published nothing would halt before the limit in a short run, all rows
+    would halt together, and exploration would change nothing."""
+    weight = model.halting.weight
+    weight.copy_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    model.halting.bias.zero_()
+    return model
 
 
 def plain(overrides: list[str], steps: int, folder: str) -> list[float]:
@@ -88,7 +103,7 @@ def plain(overrides: list[str], steps: int, folder: str) -> list[float]:
     assert isinstance(recipe, PuzzleRecipe)
     recipe = resolve(recipe)
     stream = open_data(recipe, Mesh(Layout(), 0)).training
-    model = build(recipe.architecture, seed=recipe.train.seed)
+    model = undecided(build(recipe.architecture, seed=recipe.train.seed))
     draws = Running(recipe, model, stream, torch.device("cpu"), Mesh(Layout(), 0), recipe.check_world(1))
     rows, rule = recipe.train.global_batch, recipe.optimizer
     table = model.puzzle_embedding.weight  # type: ignore[union-attr]

@@ -50,9 +50,20 @@ def test_tables_fit_and_nothing_is_cut_off(runs: list[Path], tmp_path: Path) -> 
     lines = [line for line in result.stdout.splitlines() if str(out) not in line]
     assert max(map(len, lines)) <= 80
     assert "…" not in result.stdout
-    assert lines[:2] == ["1  maze-attractor-of-some-width-32", "2  maze-attractor-of-some-width-64"]
+    assert lines[:2] == ["1  maze-attractor-of-some-width-32: attractor", "2  maze-attractor-of-some-width-64: attractor"]
     assert sum(line.split()[:2] == ["1", "2"] and "99.5 ± 0.7" in line for line in lines) == 1
-    assert "evaluation with 80% exact" in " ".join(result.stdout.split())
+    assert "evaluation with 80 % exact" in " ".join(result.stdout.split())
+
+
+def test_the_longest_kind_is_not_cut_off(runs: list[Path], tmp_path: Path) -> None:
+    data = tmp_path / "prepared"
+    plain = ["model.kind=transformer", "supervision.steps=1"]
+    other = write_puzzle_run(tmp_path / "plain", data, lambda _: 0.5, plain, flops_a_step=1.234e19, seconds_a_step=12345.6, valid=True)
+    result = run(*runs, other, "--out", tmp_path / "out", "--accuracy", "0.005")
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.stdout
+    assert "3  plain: transformer" in result.stdout
+    assert "evaluation with 0.5 % exact" in " ".join(result.stdout.split())
 
 
 def test_json_is_one_document_and_nothing_else(runs: list[Path], tmp_path: Path) -> None:
@@ -68,3 +79,8 @@ def test_refused_with_one_paragraph_and_nothing_written(runs: list[Path], tmp_pa
         assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    for two in (runs[:2], text):
+        result = run(*two, "--out", tmp_path / "file/out", "--no-evaluate")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "cannot be made" in result.stderr

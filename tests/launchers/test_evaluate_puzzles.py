@@ -59,6 +59,13 @@ def test_mazes_are_valid_too_and_other_data_may_be_given(runs: dict[str, Path], 
     assert "shortest path %" in shown(run(runs["mazes"], "--data", other))
 
 
+def test_figures_that_cannot_be_kept_are_told_all_the_same(runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "internalization.json").mkdir()  # the picture can be written, the figures cannot
+    report = document(run(runs["trm"], "--internalization", "--steps", "1", "--puzzles", "2", "--out", tmp_path, "--json"))
+    assert (report["puzzles"], report["files"]) == (2, [])
+    assert "could not be kept" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["mazes", "trm"])
 def test_internalization_is_shown_and_kept(runs: dict[str, Path], kind: str, tmp_path: Path) -> None:
     words = [runs[kind], "--internalization", "--steps", "3", "--solver-iterations", "1,auto", "--out", tmp_path]
@@ -80,6 +87,12 @@ def test_pictures_are_named(runs: dict[str, Path], tmp_path: Path) -> None:
     assert all(Path(file).stat().st_size > 5_000 for file in found["files"])
     assert "rating" in run(runs["trm"], "--draw", "1", "--out", tmp_path / "there").stdout
     assert len(list((tmp_path / "there").iterdir())) == 1
+
+
+def test_a_folder_with_brackets_is_shown_as_it_is(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "a[bold]b"
+    folder.symlink_to(runs["transformer"])
+    assert f"{folder}: transformer" in run(folder, "--puzzles", "2").stdout
 
 
 @pytest.mark.parametrize(

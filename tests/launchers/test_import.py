@@ -58,3 +58,12 @@ def test_a_refusal_is_one_paragraph_and_leaves_nothing(tmp_path: Path, published
     assert len(result.stderr.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["parcae-tiny"]
     assert run(str(published)).exit_code == 2  # --out is missing
+
+
+def test_a_run_of_ours_needs_no_import(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("regime: reasoning\n")
+    result = run(str(tmp_path / "run"), "--out", str(tmp_path / "other"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "holds a run of `attractor train`" in result.stderr
+    assert not (tmp_path / "other").exists()

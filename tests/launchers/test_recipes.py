@@ -144,7 +144,7 @@ def test_reasoners_have_the_published_sizes_and_settings(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sudoku-demo", "maze-demo"])
 def test_demo_reasoners_are_small(name: str) -> None:
-    size = 4 if name.startswith("sudoku") else 10
+    size = 4 if name.startswith("sudoku") else 6
     recipe = load_any(name, ["model.vocabulary_size=6", f"model.cells={size * size}"])
     assert isinstance(recipe, PuzzleRecipe)
     assert recipe.model.kind == "attractor"

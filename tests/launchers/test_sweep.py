@@ -124,7 +124,7 @@ def test_plan_says_what_would_be_trained(tmp_path: Path) -> None:
     shown = run("ablation-tolerance", "solver.tolerance=1e-2,1e-3", "--plan", "--out", str(tmp_path / "out"))
     assert shown.exit_code == 0, shown.stderr
     assert re.findall(r"(\S+): to train", shown.stdout) == ["tolerance=0.01", "tolerance=0.001"]
-    assert "In all: parameters 1.31 M" in shown.stdout
+    assert "The same in all: parameters 1.31 M" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 80
     assert not (tmp_path / "out").exists()
 

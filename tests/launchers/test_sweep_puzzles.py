@@ -102,7 +102,7 @@ def test_plan_fits_a_terminal_and_starts_nothing(swept: Sweep) -> None:
     assert shown.exit_code == 0, shown.stderr
     assert max(map(len, shown.stdout.splitlines())) <= 80
     assert len(re.findall(r"seed=\d,width=\d+: to train", shown.stdout)) == 4
-    assert "In all: steps 100, puzzle steps 800" in shown.stdout
+    assert "The same in all: steps 100, puzzle steps 800" in shown.stdout
     assert not swept.out.exists()
 
 

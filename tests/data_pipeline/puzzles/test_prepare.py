@@ -180,6 +180,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             prepare_puzzles(f"sudoku:{tmp_path / name}", tmp_path / "set")
     for options, said in (
         ({"validation": "1.5"}, "neither a share below 1"),
+        ({"validation": "inf"}, "neither a share below 1"),
         ({"validation": "else"}, "nor a source"),
         ({"validation": f"maze:{tmp_path / 'a.csv'}"}, "no columns"),
         ({"seed": -1}, "not a seed"),

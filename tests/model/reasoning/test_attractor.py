@@ -216,6 +216,35 @@ def test_noise_is_on_the_path_in_training_alone(kind: str) -> None:
     assert size < 10 * noise
 
 
+def test_noise_is_held_in_the_solve_too() -> None:
+    noise, solver = 0.01, {**EXACT, "max_iterations": 60}
+    ends = []
+    for size in (0.0, noise):
+        model = contractive(lively(reasoning(kind="attractor", prefix=1, outer_cycles=1, path_noise=size, solver=solver)))
+        y, z = model.start(ROWS)
+        end = think(model, (y, z)).latents[1]
+        with torch.no_grad():
+            ends.append(end - net(model, end, y + model._embed(INPUTS, IDENTIFIERS)))
+    quiet, held = ends  # what z exceeds the map's value by, at its end: the noise that was held
+    assert float(quiet.abs().max()) < 1e-9
+    assert float(held.std()) == pytest.approx(noise, rel=0.1)
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+def test_k_applications_follow_the_solve_in_every_cycle(damping: float) -> None:
+    config = reasoning(kind="attractor", outer_cycles=2, gradient={"mode": "phantom", "steps": 2, "damping": damping})
+    model = lively(config)
+    (y, z), x = model.start(ROWS), model._embed(INPUTS, IDENTIFIERS).detach()
+    with torch.no_grad():
+        for _ in range(2):
+            z = solve(lambda state, injection=y + x: net(model, state, injection), z, config.solver).state
+            for _ in range(2):
+                z = torch.lerp(z, net(model, z, y + x), damping)
+            y = net(model, y, z)
+        torch.testing.assert_close(think(model, model.start(ROWS)).latents, (y, z), **CLOSE)
+    torch.testing.assert_close(think(model, model.start(ROWS)).latents, (y, z), **CLOSE)  # in training likewise
+
+
 def test_a_noisy_map_still_converges() -> None:
     # noise is held during a solve: fresh noise at each evaluation would keep the residual near its own size
     solver = {"min_iterations": 1, "max_iterations": 60, "tolerance": 1e-6, "patience": 60}

@@ -133,3 +133,15 @@ def test_an_unlearnt_model_halts_nothing() -> None:
     done = supervise(model, carry, config.supervision, torch.zeros(4, dtype=torch.int32))
     assert not done.carry.halted.any()
     assert float(done.record["finished"]) == 0
+
+
+def test_a_token_s_gradient_is_summed_in_more_than_bf16() -> None:
+    # all cells hold the same token; ones added one by one in bf16 end at 256
+    model, rows = build(reasoning(kind="trm"), dtype=torch.bfloat16), 4096 // CELLS
+    x = model._embed(torch.ones(rows, CELLS, dtype=torch.uint8), torch.zeros(rows, dtype=torch.int64))
+    assert x.dtype == torch.bfloat16
+    x.sum().backward()
+    expected = rows * CELLS * math.sqrt(model.config.model.width)
+    gradient = model.embedding.weight.grad
+    assert gradient is not None
+    assert gradient[1].float().tolist() == pytest.approx([expected] * len(gradient[1]), rel=1e-2)

@@ -8,6 +8,7 @@ import pytest
 
 from pretrain.config import PuzzleRecipe, Recipe, load_any, load_recipe, read_recipe
 from pretrain.errors import Refusal
+from pretrain.schedule import learning_rate_scale
 
 BODY = "regime: reasoning\ntrain: {steps: 4_000, global_batch: 32, micro_batch: 16}\nmodel: {kind: attractor, width: 64, heads: 4}\n"
 
@@ -48,14 +49,15 @@ def test_what_the_puzzles_decide(recipe: str) -> None:
 def test_the_schedule_counts_steps(recipe: str) -> None:
     schedule = load(recipe, "schedule.warmup_steps=1000").learning_rate_schedule
     assert (schedule.shape, schedule.warmup) == ("constant", 0.25)
-    assert load(recipe, "schedule.warmup_steps=9000").learning_rate_schedule.warmup == 1
+    longer = load(recipe, "schedule.warmup_steps=8000").learning_rate_schedule
+    assert learning_rate_scale(2000, longer, 4000) == 0.25, "at step 2,000 of a warm-up of 8,000, in a run of 4,000"
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("model.kindd=trm", "Did you mean `model.kind`?"),
-        ("train.tokens=1e6", "There is no key `train.tokens`"),
+        ("train.tokens=1e6", "There is no key `train.tokens` (from the override `train.tokens=1e6`). Did you mean `train.steps`?"),
         ("layout.tensor=2", "data parallel"),
         ("layout.zero=2", "data parallel"),
         ("layout.zero=0", "train.precision=bf16 with layout.zero=0"),
@@ -63,6 +65,9 @@ def test_the_schedule_counts_steps(recipe: str) -> None:
         ("train.micro_batch=5", "does not divide"),
         ("train.steps=many", "expected a number of optimizer steps"),
         ("supervision.steps=0", "supervision.steps"),
+        ("model.kind=transformer", "supervision.steps=16 is for models that carry latents"),
+        ("gradient.mode=adjoint", "gradient.mode=adjoint is for language models"),
+        ("solver.start=noise", "solver.start=noise: a reasoner's solve starts at the latents of the step before"),
     ],
 )
 def test_refusals(recipe: str, override: str, said: str) -> None:
@@ -82,6 +87,10 @@ def test_the_regimes_are_kept_apart(recipe: str, tmp_path: Path) -> None:
     for read in (lambda: load_recipe(recipe), lambda: Recipe.from_yaml(load(recipe).to_yaml(), "runs/x/config.yaml")):
         with pytest.raises(Refusal, match="of puzzles"):
             read()
+    with pytest.raises(Refusal, match=r"^runs/x/config\.yaml is of puzzles"):
+        Recipe.from_yaml(load(recipe).to_yaml(), "runs/x/config.yaml")
+    with pytest.raises(Refusal, match=r"^The recipe .* is of puzzles"):
+        load_recipe(recipe)
     text = "base: demo\nregime: reasoning\n"
     file = tmp_path / "mixed.yaml"
     file.write_text(text)

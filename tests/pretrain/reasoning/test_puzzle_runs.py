@@ -25,7 +25,6 @@ from pretrain.errors import SIGNALLED, Refusal
 from pretrain.reasoning.config import PuzzleRecipe
 from pretrain.reasoning.evaluate import evaluate
 from pretrain.reasoning.loaded import load_puzzle_run
-from pretrain.reasoning.regime import shares
 from tests.distributed.ranks import run_ranks
 from tests.pretrain.reasoning.tiny_puzzles import BATCH, SETTINGS, STEPS, TRAINING, tiny_puzzles
 
@@ -146,6 +145,12 @@ def test_halted_puzzles_are_replaced_and_counted_once(alone: Runs, data: Path, n
     assert finished == sum(line["finished"] for line in alone.records(name)) == following - sum(row is not None for row in under_way)
 
 
+def test_rows_halt_one_by_one_and_before_the_limit(alone: Runs) -> None:
+    assert any(0 < sum(step["halted"]) < BATCH for step in alone.results["one micro-batch"][0]["steps"])
+    held = [line["mean_steps"] for line in alone.records("one micro-batch") if line["finished"]]
+    assert min(held) < 3
+
+
 def test_nothing_carried_has_a_graph(alone: Runs) -> None:
     assert all(step["free"] for step in alone.results["whole"][0]["steps"])
 
@@ -182,8 +187,8 @@ def test_a_run_leaves_its_record(alone: Runs, data: Path) -> None:
     measured = {"cross_entropy", "halting_loss", "exact", "cells", "halting_right", "finished", "mean_steps"}
     measured |= {"solver_iterations", "solver_evaluations", "applications", "solver_residual", "solver_converged"}
     assert measured <= lines[-1].keys()
-    assert lines[0]["finished"] == 0
-    assert lines[0]["exact"] is None
+    assert [line["exact"] is None for line in lines] == [line["finished"] == 0 for line in lines]
+    assert any(line["finished"] == 0 for line in lines)
     assert all(line["mean_steps"] <= 3 for line in lines if line["finished"])
     assert [(line["step"], list(line["exact"])) for line in evaluations] == [(6, ["1", "3"]), (12, ["1", "3"])]
     summary = json.loads((alone.folder / "whole" / "summary.json").read_text())
@@ -222,11 +227,6 @@ def test_data_that_does_not_fit_is_refused_before_the_folder_is_made(alone: Runs
     assert "model.vocabulary_size=9" in result["message"]
 
 
-def test_shares_are_of_finished_puzzles() -> None:
-    sums = {"finished": 4.0, "finished_cells": 3.0, "finished_exact": 1.0, "finished_halting": 2.0, "finished_steps": 10.0}
-    assert shares(sums) == {"finished": 4.0, "exact": 0.25, "cells": 0.75, "halting_right": 0.5, "mean_steps": 2.5}
-
-
 # --- two ranks
 
 
@@ -259,8 +259,12 @@ def test_a_tensor_parallel_layout_is_refused(alone: Runs) -> None:
 
 
 def test_ranks_share_an_evaluation(together: Runs, data: Path) -> None:
-    stored = together.records("zero 1", "evaluations.jsonl")[-1]
-    assert stored["puzzles"] == len(PuzzleSet(data))
+    stored, puzzles = together.records("zero 1", "evaluations.jsonl")[-1], PuzzleSet(data)
+    assert stored["puzzles"] == len(puzzles)
+    loaded = load_puzzle_run(together.folder / "zero 1", device=torch.device("cpu"))
+    found = evaluate(loaded.model, puzzles, [1, 3], torch.device("cpu"), batch=4)
+    assert stored["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    assert stored["cells"] == pytest.approx(found["cells"])
 
 
 def _positions(steps: list[dict[str, Any]]) -> list[int]:
