@@ -84,7 +84,7 @@ def show(rows: list[Row]) -> None:
     """Tables of steps, evaluation and, where it ran, the published code."""
     head = rows[0]
     compiled = ", compiled" if head["compiled"] else ""
-    title = f"Puzzle models, {head['device']}, {head['precision']}{compiled}, {head['threads']} threads"
+    title = f"Puzzle models, {head['device']}, {head['precision']}{compiled}, {head['threads']} thread{'s' * (head['threads'] > 1)}"
     table = _table(title, ("recipe", "step", "CPU", "puzzles/s", "FLOP/s", "floor", "solved/s"))
     clock = "cpu_seconds" if head["device"] == "cpu" else "seconds"  # the one that other users of the machine disturb less
     for row in rows:
@@ -92,10 +92,10 @@ def show(rows: list[Row]) -> None:
             _name(row),
             _seconds(row["step_seconds"]),
             _seconds(row["step_cpu_seconds"]),
-            f"{row['puzzles_per_second']:.3g}",
+            _rate(row["puzzles_per_second"]),
             si(row["flops_per_second"]),
             f"{100 * row[f'floor_{clock}'] / row[f'step_{clock}']:.0f}%",
-            f"{row['evaluation_puzzles_per_second']:.3g}",
+            _rate(row["evaluation_puzzles_per_second"]),
         )
     console().print(table)
     console().print("CPU: seconds of all threads. floor: share of the step that its matrix products alone take", style="dim")
@@ -152,4 +152,9 @@ def _name(row: Row) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.3g} s"
+    """In three digits, whatever the speed of the machine."""
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
