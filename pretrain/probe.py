@@ -6,6 +6,8 @@ Before checkpoints moved between layouts they were as many sequences as a micro-
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +40,19 @@ def probe_loss(engine: Any, recipe: Recipe, device: torch.device, mesh: Mesh, *,
 
 def refuse_other_probe(engine: Any, recipe: Recipe, device: torch.device, mesh: Mesh, resumed: Resumed, folder: Path) -> None:
     """Raises Refusal where the probe is another than that in the checkpoint that was resumed from `folder`; one without is let pass."""
+    probes = [partial(probe_loss, engine, recipe, device, mesh, sequences=count) for count in (1, recipe.train.micro_batch)]
+    refuse_unlike(probes, resumed, folder, recipe.train.precision)
+
+
+def refuse_unlike(probes: Sequence[Callable[[], float]], resumed: Resumed, folder: Path, precision: str) -> None:
+    """Raises Refusal unless one of the probes, measured in turn, gives the loss that the checkpoint keeps; one without is let pass."""
     kept = resumed.state.probe_loss
     if kept is None:
         return
-    bound = 1e-2 if resumed.moved and recipe.train.precision == "bf16" else 1e-3  # bf16 rounds elsewhere on another layout
+    bound = 1e-2 if resumed.moved and precision == "bf16" else 1e-3  # bf16 rounds elsewhere on another layout
     found = []
-    for sequences in (1, recipe.train.micro_batch):
-        found.append(probe_loss(engine, recipe, device, mesh, sequences=sequences))
+    for probe in probes:
+        found.append(probe())
         if abs(found[-1] - kept) <= bound * abs(kept):  # NaN is no agreement
             return
     raise Refusal(

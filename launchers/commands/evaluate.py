@@ -38,6 +38,14 @@ EPILOG = """\
 """
 
 Iterations = list[int | str]
+REPORTS = ("--solvers", "--internalization", "--tasks", "--core")
+"""Of a language model, in place of its losses."""
+GOES_WITH = {
+    **dict.fromkeys(("--through", "--tasks-dir", "--tasks-data", "--batch"), "--tasks"),
+    **dict.fromkeys(("--limit", "--out"), "--tasks and --internalization"),
+    "--max-per-task": "--core",
+}
+"""Options that belong to some of them."""
 
 
 class Through(StrEnum):
@@ -175,35 +183,30 @@ def command(
     refuse_other_regime(run, options, puzzles=of_puzzles)
     if of_puzzles:
         evaluate_puzzles(run, options, iterations, as_json)
-        return
-    asked = {"--solvers": solvers, "--internalization": internalization, "--tasks": tasks is not None, "--core": core is not None}
-    reports = [option for option, wanted in asked.items() if wanted]
+    else:
+        evaluate_language(run, options, iterations, as_json)
+
+
+def evaluate_language(run: Path, options: dict[str, Any], iterations: Iterations | None, as_json: bool) -> None:
+    """The report of a language model that the options, by their names, ask for. Raises Refusal for options that do not go together."""
+    reports = [option for option in REPORTS if options[option] not in (None, False)]
     if len(reports) > 1:
         raise Refusal(f"{' and '.join(reports)} are {len(reports)} reports: ask for one at a time.")
     report = reports[0] if reports else None
-    of_tasks = {"--through": through, "--tasks-dir": tasks_dir, "--tasks-data": tasks_data, "--batch": batch}
-    given: dict[str, tuple[str, object]] = {option: ("--tasks", value) for option, value in of_tasks.items()}
-    of_both = {option: ("--tasks and --internalization", value) for option, value in (("--limit", limit), ("--out", out))}
-    refuse_strangers(report, given | of_both | {"--max-per-task": ("--core", max_per_task)})
-
-    if tasks is not None:
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        depth = one_depth("--tasks", iterations)
-        settings = {
-            "tasks_dir": tasks_dir,
-            "tasks_data": tasks_data,
-            "limit": limit,
-            "batch": batch,
-            "solver_iterations": depth,
-            "out": out,
-        }
-        deliver(as_json, lambda: _tasks(run, names, (through or Through.attractor).value, settings), show_tasks)
-    elif core is not None:
+    refuse_strangers(report, {option: (goes_with, options[option]) for option, goes_with in GOES_WITH.items()})
+    limit, out = options["--limit"], options["--out"]
+    if report == "--tasks":
+        names = [name.strip() for name in options["--tasks"].split(",") if name.strip()]
+        settings = {name: options[f"--{name.replace('_', '-')}"] for name in ("tasks_dir", "tasks_data", "limit", "batch", "out")}
+        settings["solver_iterations"] = one_depth("--tasks", iterations)
+        through = (options["--through"] or Through.attractor).value
+        deliver(as_json, lambda: _tasks(run, names, through, settings), show_tasks)
+    elif report == "--core":
         depth = one_depth("--core", iterations)
-        deliver(as_json, lambda: _core(run, core, depth, max_per_task), show_core)
-    elif solvers:
+        deliver(as_json, lambda: _core(run, options["--core"], depth, options["--max-per-task"]), show_core)
+    elif report == "--solvers":
         deliver(as_json, lambda: _solvers(run), show_solvers)
-    elif internalization:
+    elif report == "--internalization":
         deliver(as_json, lambda: _internalization(run, iterations, limit, out), show_internalization)
     else:
         deliver(as_json, lambda: _losses(run, iterations), show_losses)

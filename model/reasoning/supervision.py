@@ -98,13 +98,11 @@ def _as(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(-1, *[1] * (like.ndim - 1))
 
 
-def explore(rows: int, config: SupervisionConfig, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """least_steps [b] int32 of one step: of a share `exploration` of the rows drawn uniformly from 2 ... steps, else 0."""
-    if config.steps < 2:
-        return torch.zeros(rows, dtype=torch.int32, device=device)
-    explores = torch.rand(rows, device=device, generator=generator) < config.exploration
-    least = torch.randint(2, config.steps + 1, (rows,), dtype=torch.int32, device=device, generator=generator)
-    return least * explores
+def explore(chances: Tensor, config: SupervisionConfig) -> Tensor:
+    """least_steps [b] int32 of one step, from chances [2, b] uniform in [0, 1): of a share `exploration` of the rows uniform in
+    2 ... steps, else 0."""
+    explores = (chances[0] < config.exploration) & (config.steps > 1)
+    return ((2 + (chances[1] * (config.steps - 1)).floor()).clamp_max(config.steps) * explores).int()
 
 
 def supervise(model: Model, carry: Carry, config: SupervisionConfig, least_steps: Tensor) -> Supervised:

@@ -155,7 +155,7 @@ class _Bench:
 
     def step(self) -> None:
         carry = refill(self.carry, *self.puzzles, self.model.start(self.rows))
-        found = supervise(self.model, carry, self.supervision, explore(self.rows, self.supervision, self.device))
+        found = supervise(self.model, carry, self.supervision, explore(torch.rand(2, self.rows, device=self.device), self.supervision))
         self.carry = found.carry
         found.loss.backward()
         self._update()

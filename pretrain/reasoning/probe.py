@@ -6,18 +6,13 @@ same loss whatever its size and takes no shapes of its own.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from model.reasoning.supervision import empty_carry, supervise
 from pretrain.engine import model_of
-from pretrain.errors import Refusal
 from pretrain.reasoning.config import PuzzleRecipe
-
-if TYPE_CHECKING:
-    from pretrain.checkpoint import Resumed
 
 
 @torch.no_grad()
@@ -35,17 +30,3 @@ def probe_loss(engine: Any, recipe: PuzzleRecipe, device: torch.device) -> float
     loss = supervise(engine, carry, recipe.supervision, torch.zeros(rows, dtype=torch.int32, device=device)).loss
     engine.train()
     return float(loss)
-
-
-def refuse_other_probe(engine: Any, recipe: PuzzleRecipe, device: torch.device, resumed: Resumed, folder: Path) -> None:
-    """Raises Refusal where the probe is another than that in the checkpoint that was resumed from `folder`; one without is let pass."""
-    kept = resumed.state.probe_loss
-    if kept is None:
-        return
-    found = probe_loss(engine, recipe, device)
-    bound = 1e-2 if resumed.moved and recipe.train.precision == "bf16" else 1e-3  # bf16 rounds elsewhere on another layout
-    if not abs(found - kept) <= bound * abs(kept):  # NaN is no agreement
-        raise Refusal(
-            f"The checkpoint of step {resumed.step} in {folder} does not come back as it was saved: its probe loss was {kept:.6f} and is "
-            f"{found:.6f} now. Another version of a package may read it otherwise: compare the versions in run.json."
-        )

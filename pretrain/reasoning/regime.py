@@ -23,9 +23,10 @@ from pretrain.engine import start_engine
 from pretrain.ledger import Ledger
 from pretrain.mesh import Mesh
 from pretrain.optimizer import build_puzzle_optimizer
+from pretrain.probe import refuse_unlike
 from pretrain.reasoning.config import PuzzleRecipe
 from pretrain.reasoning.evaluate import evaluate
-from pretrain.reasoning.probe import probe_loss, refuse_other_probe
+from pretrain.reasoning.probe import probe_loss
 from pretrain.reasoning.run_data import PuzzleData
 from pretrain.reasoning.running import CARRY, Running
 from pretrain.reasoning.step import FINISHED, supervision_step
@@ -101,7 +102,7 @@ class Puzzles:
         kept = resumed.state.loader
         notes = self.running.resume(kept, checkpoint) if kept else []
         self.finished = dict(kept["finished"]) if kept else self.finished
-        refuse_other_probe(self.engine, self.recipe, self.device, resumed, checkpoint.parent)
+        refuse_unlike([self.probe], resumed, checkpoint.parent, self.recipe.train.precision)
         return notes
 
 

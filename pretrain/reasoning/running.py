@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data_pipeline.puzzles import PuzzleStream
 from model.reasoning.reasoner import Reasoner
-from model.reasoning.supervision import Carry, empty_carry, refill
+from model.reasoning.supervision import Carry, empty_carry, explore, refill
 from pretrain.errors import Refusal
 from pretrain.mesh import Mesh
 from pretrain.reasoning.config import PuzzleRecipe
@@ -77,10 +77,9 @@ class Running:
         """For optimizer step `number`, by micro-batch [micro] int32: with probability supervision.exploration a number from 2 to
         supervision.steps below which a row may not halt, else 0."""
         draws = np.random.Generator(np.random.Philox(key=[self.seed, number]))
-        explores = draws.random(self.rows) < self.supervision.exploration
-        least = explores * draws.integers(2, max(3, self.supervision.steps + 1), self.rows) * (self.supervision.steps > 1)
-        share = len(least) // self.mesh.layout.data
-        own = torch.from_numpy(least[self.mesh.where.data * share :][:share].astype(np.int32))
+        least = explore(torch.from_numpy(draws.random((2, self.rows))), self.supervision)
+        share = self.rows // self.mesh.layout.data
+        own = least[self.mesh.where.data * share :][:share].contiguous()
         return list(self._sent(own).split(self.micro))
 
     def state(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def test_a_supervision_step_traces_without_a_device(kind: str, dtype: torch.dtyp
     empty = torch.zeros(ROWS, CELLS, dtype=torch.uint8, device="meta")
     carry = empty_carry(model.start(ROWS), CELLS)
     carry = refill(carry, empty, empty, carry.identifiers, model.start(ROWS))
-    done = supervise(model, carry, config.supervision, explore(ROWS, config.supervision, torch.device("meta")))
+    done = supervise(model, carry, config.supervision, explore(torch.rand(2, ROWS, device="meta"), config.supervision))
     done.loss.backward()
     assert done.loss.is_meta
     assert done.loss.dtype == torch.float32

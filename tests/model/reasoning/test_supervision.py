@@ -97,15 +97,16 @@ def test_a_row_halts_at_the_limit_or_when_its_head_says_so() -> None:
 
 
 def test_exploration_is_drawn_as_published() -> None:
-    config, device = SupervisionConfig(steps=6, exploration=0.25), torch.device("cpu")
-    least = explore(20_000, config, device, torch.Generator().manual_seed(0))
+    config = SupervisionConfig(steps=6, exploration=0.25)
+    least = explore(torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0)), config)
     assert least.dtype == torch.int32
     counts = least.bincount(minlength=7) / 20_000
     assert counts[1] == 0
     assert float(counts[0]) == pytest.approx(0.75, abs=0.015)  # five deviations of a share of 20,000
     assert counts[2:].tolist() == pytest.approx([0.05] * 5, abs=0.008)
-    assert not explore(8, SupervisionConfig(steps=1, exploration=1.0), device).any()
-    assert not explore(8, SupervisionConfig(exploration=0.0), device).any()
+    assert not explore(torch.rand(2, 8), SupervisionConfig(steps=1, exploration=1.0)).any()
+    assert not explore(torch.rand(2, 8), SupervisionConfig(exploration=0.0)).any()
+    assert explore(torch.full((2, 1), 1 - 2**-24), SupervisionConfig(exploration=1.0)).tolist() == [16]
 
 
 def test_loss_and_record_are_their_definitions() -> None:
